@@ -1,0 +1,62 @@
+"""The Flower ClientApp: a courier. It hands a step's bytes to the institution's vault and the vault's bytes back.
+
+It holds no key, reads no data, imports neither torch nor tenseal; what it carries is signed and sealed.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+HANDLE = "/xinyi.Vault/Handle"
+WHO = "/xinyi.Vault/Who"
+CHANNEL_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+
+Call = Callable[[bytes], bytes]
+"""A vault's one call."""
+
+
+def to_record(payload: bytes) -> RecordDict:
+    """Bytes as a Flower array (Flower sends arrays in chunks; byte strings in a ConfigRecord it does not)."""
+    array = Array(dtype="uint8", shape=(len(payload),), stype="bytes", data=payload)
+    return RecordDict({"payload": ArrayRecord({"bytes": array})})
+
+
+def from_record(content: RecordDict) -> bytes:
+    return content.array_records["payload"]["bytes"].data
+
+
+def client_app(vault_of: Callable[[Context], tuple[str, Call]]) -> ClientApp:
+    """A courier to the vault that `vault_of` finds for this node: (party name, its call)."""
+    app = ClientApp()
+
+    @app.query("who")
+    def who(message: Message, context: Context) -> Message:
+        return Message(RecordDict({"who": ConfigRecord({"party": vault_of(context)[0]})}), reply_to=message)
+
+    @app.train("step")
+    def step(message: Message, context: Context) -> Message:
+        return Message(to_record(vault_of(context)[1](from_record(message.content))), reply_to=message)
+
+    return app
+
+
+def _socket_vault(context: Context) -> tuple[str, Call]:
+    """The vault that listens on this node's Unix socket: node config `vault`, or socket number of the partition."""
+    address = str(context.node_config.get("vault", ""))
+    if not address:
+        folder = Path(os.environ["XINYI_VAULTS"])
+        address = f"unix:{folder / str(context.node_config['partition-id'])}.sock"
+
+    def call(method: str, payload: bytes) -> bytes:
+        with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+            reply: bytes = channel.unary_unary(method)(payload, wait_for_ready=True, timeout=3600)
+            return reply
+
+    return call(WHO, b"").decode(), lambda payload: call(HANDLE, payload)
+
+
+app = client_app(_socket_vault)

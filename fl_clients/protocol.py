@@ -1,0 +1,236 @@
+"""The protocol between coordinator and vaults: its schedule of steps and the form of its messages.
+
+One schedule serves the coordinator, which drives it, and every vault, which refuses whatever departs from it. Steps are
+grouped in exchanges: a bank that dies inside an exchange voids it, and it is run again from its first step with the
+next attempt number and the survivors; an exchange whose result was opened is never run again (PROTOCOL 7, 8).
+
+A message is MessagePack, signed by its sender's Ed25519 identity. The coordinator relays two kinds of mail between
+parties: `Letter` (sealed to one party) and `Post` (signed, for all banks or all feature owners: BFV ciphertexts and
+public keys, which are no secret), and adds the banks' ciphertexts of a secure sum.
+"""
+
+import hashlib
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any, Literal
+
+import msgpack
+
+from fl_clients.contract import Contract
+from models.line_search import INNER_STEPS
+from models.shared_bins import LEVELS
+from privacy.errors import Refused
+from privacy.identity import SigningIdentity, verify
+
+Audience = Literal["banks", "owners", "all"]
+PROTOCOL_VERSION = 1
+
+
+class StepKind(StrEnum):
+    """What a step does; the docstrings of `bank` and `feature_owner` say how."""
+
+    JOIN = "join"
+    ROSTER = "roster"
+    BINS = "bins"
+    CROSS_TAB = "cross_tab"
+    RESIDUAL = "residual"
+    AGGREGATE = "aggregate"
+    OPEN = "open"
+    DIRECTION = "direction"
+    SEARCH = "search"
+    FINISH = "finish"
+    SCORE = "score"
+    EVALUATE = "evaluate"
+    RELEASE = "release"
+    CLOSE = "close"
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Step:
+    """A step of the schedule. `round_number` from 1 (0: outside the rounds); `index` counts repetitions from 1."""
+
+    kind: StepKind
+    round_number: int = 0
+    index: int = 0
+
+    @property
+    def name(self) -> str:
+        parts = [f"r{self.round_number}"] if self.round_number else []
+        return ".".join([*parts, str(self.kind), *([str(self.index)] if self.index else [])])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheduled:
+    step: Step
+    audience: Audience
+
+
+Exchange = tuple[Scheduled, ...]
+
+
+def schedule(contract: Contract) -> tuple[Exchange, ...]:
+    """Every exchange of a job, in order. With epsilon the cross-tabs are left out: they would be one more release to pay
+    for (PROTOCOL rule 3)."""
+
+    def single(kind: StepKind, audience: Audience, round_number: int = 0, index: int = 0) -> Exchange:
+        return (Scheduled(step=Step(kind=kind, round_number=round_number, index=index), audience=audience),)
+
+    exchanges = [single(StepKind.JOIN, "all"), single(StepKind.ROSTER, "all")]
+    exchanges += [single(StepKind.BINS, "banks", index=level) for level in range(1, LEVELS + 1)]
+    if contract.settings.cross_tabs:
+        exchanges.append(single(StepKind.CROSS_TAB, "banks"))
+    for number in range(1, contract.model.rounds + 1):
+        exchanges.append(
+            single(StepKind.RESIDUAL, "banks", number)
+            + single(StepKind.AGGREGATE, "owners", number)
+            + single(StepKind.OPEN, "banks", number)
+        )
+        exchanges.append(single(StepKind.DIRECTION, "owners", number))
+        exchanges += [single(StepKind.SEARCH, "banks", number, inner) for inner in range(1, INNER_STEPS + 1)]
+    exchanges += [
+        single(StepKind.FINISH, "banks"),
+        single(StepKind.SCORE, "owners"),
+        single(StepKind.EVALUATE, "banks"),
+        single(StepKind.RELEASE, "banks"),
+        single(StepKind.CLOSE, "all"),
+    ]
+    return tuple(exchanges)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Letter:
+    """Mail sealed to `receiver`. `attempt` and `participants` are the sender's, authenticated by the seal."""
+
+    sender: str
+    receiver: str
+    step: str
+    attempt: int
+    participants: tuple[str, ...]
+    sealed: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Post:
+    """Signed mail for every bank or every feature owner."""
+
+    sender: str
+    audience: Audience
+    step: str
+    attempt: int
+    content: bytes
+    signature: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """From the coordinator to one vault."""
+
+    job: bytes
+    step: str
+    attempt: int
+    participants: tuple[str, ...]
+    letters: tuple[Letter, ...] = ()
+    posts: tuple[Post, ...] = ()
+    summed: bytes | None = None
+    """Sum of the banks' ciphertexts of the previous secure sum, for banks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """From a vault. `refused`: why it will not, in one line; then everything else is empty."""
+
+    job: bytes
+    step: str
+    attempt: int
+    party: str
+    letters: tuple[Letter, ...] = ()
+    posts: tuple[Post, ...] = ()
+    summand: bytes | None = None
+    """This bank's ciphertext of a secure sum."""
+    released: dict[str, Any] = field(default_factory=dict)
+    """What the contract lets the coordinator see: row counts, pooled metrics, receipts."""
+    refused: str | None = None
+
+
+_REQUEST = b"xinyi request"
+_REPLY = b"xinyi reply"
+_POST = b"xinyi post"
+_MAIL = {"letters": Letter, "posts": Post}
+
+
+def _fields(message: Any) -> dict[str, Any]:
+    """Dataclass to plain dict without copying byte strings (dataclasses.asdict copies every one)."""
+    plain = dict(vars(message))
+    for name in _MAIL:
+        if name in plain:
+            plain[name] = [vars(mail) for mail in plain[name]]
+    return plain
+
+
+def _encode(message: Request | Reply, context: bytes, identity: SigningIdentity) -> bytes:
+    body = bytes(msgpack.packb(_fields(message), use_bin_type=True))
+    return bytes(msgpack.packb([PROTOCOL_VERSION, body, identity.sign(context, hashlib.sha256(body).digest())]))
+
+
+def _decode(kind: type[Any], data: bytes, context: bytes, identity: bytes, sender: str) -> Any:
+    try:
+        version, body, signature = msgpack.unpackb(data, max_bin_len=1 << 31)
+    except Exception:
+        raise Refused(f"a message of {sender} is no protocol message ({len(data)} bytes); send it again") from None
+    if version != PROTOCOL_VERSION:
+        raise Refused(f"{sender} speaks protocol version {version}, we speak {PROTOCOL_VERSION}; update the older one")
+    verify(identity, context, hashlib.sha256(body).digest(), signature)
+    try:
+        plain = msgpack.unpackb(body, max_bin_len=1 << 31)
+        for name, mail in _MAIL.items():
+            plain[name] = tuple(mail(**_tuples(entry)) for entry in plain[name])
+        return kind(**_tuples(plain))
+    except (TypeError, KeyError, ValueError):
+        raise Refused(f"a message of {sender} lacks fields or has unknown ones; update the older program") from None
+
+
+def _tuples(plain: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()}
+
+
+def encode_request(request: Request, coordinator: SigningIdentity) -> bytes:
+    return _encode(request, _REQUEST, coordinator)
+
+
+def decode_request(data: bytes, contract: Contract) -> Request:
+    """Raises `Refused` unless signed by the coordinator that the contract names, for this very contract."""
+    request: Request = _decode(Request, data, _REQUEST, bytes.fromhex(contract.coordinator_identity), "the coordinator")
+    if request.job != contract.hash:
+        raise Refused(
+            f"a step of contract {request.job.hex()[:16]} for a vault of contract {contract.hash.hex()[:16]}; the "
+            "coordinator's contract differs from ours"
+        )
+    return request
+
+
+def encode_reply(reply: Reply, identity: SigningIdentity) -> bytes:
+    return _encode(reply, _REPLY, identity)
+
+
+def decode_reply(data: bytes, contract: Contract, party: str, request: Request) -> Reply:
+    """Raises `Refused` unless `party` signed it as its answer to `request`."""
+    reply: Reply = _decode(Reply, data, _REPLY, bytes.fromhex(contract.party(party).identity), party)
+    if (reply.job, reply.step, reply.attempt, reply.party) != (request.job, request.step, request.attempt, party):
+        raise Refused(f"{party} answered {reply.step} attempt {reply.attempt} to {request.step} {request.attempt}")
+    return reply
+
+
+def _post_context(contract: Contract, post: Post) -> bytes:
+    return _POST + bytes(msgpack.packb([contract.hash, post.sender, post.audience, post.step, post.attempt]))
+
+
+def sign_post(post: Post, contract: Contract, identity: SigningIdentity) -> Post:
+    digest = hashlib.sha256(post.content).digest()
+    return replace(post, signature=identity.sign(_post_context(contract, post), digest))
+
+
+def verify_post(post: Post, contract: Contract) -> bytes:
+    """The content, if its sender signed it; else `Refused`."""
+    identity = bytes.fromhex(contract.party(post.sender).identity)
+    verify(identity, _post_context(contract, post), hashlib.sha256(post.content).digest(), post.signature)
+    return post.content

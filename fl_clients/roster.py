@@ -1,0 +1,111 @@
+"""The roster of a job: every party's announcement, and what follows from it, the same at every party.
+
+Row counts (declared public) and keys, signed by each party's identity, fix the BFV parameters and the noise plan. All of
+it is public; the coordinator computes it too.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from fl_clients.contract import Contract
+from models.fixed_point import RESIDUAL_BITS
+from models.line_search import INNER_STEPS, sensitivities
+from models.scorecard import NoiseStds
+from models.shared_bins import LEVELS
+from privacy.accounting import Plan, plan_job, scorecard_releases
+from privacy.noise import LEAST_SHARE_STD, share_std
+from privacy.parameters import BFVParameters, choose_aggregate, choose_sum
+
+
+@dataclass(frozen=True, kw_only=True)
+class Announcement:
+    """A party's word at the start: its key of this job and, of a bank, how many rows it brings (declared public)."""
+
+    public: bytes
+    training_rows: int = 0
+    held_out_rows: int = 0
+
+
+@dataclass(frozen=True)
+class Roster:
+    """Everyone's announcement, and what follows from them."""
+
+    contract: Contract
+    announcements: Mapping[str, Announcement]
+
+    def rows(self, banks: Iterable[str]) -> int:
+        return sum(self.announcements[bank].training_rows for bank in banks)
+
+    @cached_property
+    def training_rows(self) -> int:
+        return self.rows(bank.name for bank in self.contract.banks)
+
+    @cached_property
+    def delta(self) -> float:
+        given = self.contract.privacy.delta
+        return given if given is not None else 1 / (10 * self.training_rows)
+
+    @cached_property
+    def plan(self) -> Plan | None:
+        """The noise of every release; None without epsilon (simulation only)."""
+        epsilon = self.contract.privacy.epsilon
+        if epsilon is None:
+            return None
+        rounds = self.contract.model.rounds
+        releases = scorecard_releases(
+            features_bank=len(self.contract.banks[0].columns),
+            features_owners={owner.name: len(owner.columns) for owner in self.contract.owners},
+            rounds=rounds,
+            levels=LEVELS,
+            inner_steps=INNER_STEPS,
+            search_sensitivities=[sensitivities(3 if number == 1 else 4) for number in range(1, rounds + 1)],
+        )
+        return plan_job(epsilon, self.delta, releases)
+
+    def std(self, release: str) -> float:
+        """Standard deviation that a release must have at least, in the units of its sensitivity; 0 without epsilon."""
+        return 0.0 if self.plan is None else self.plan.stds[release]
+
+    def share(self, std: float, banks: int) -> float:
+        """One bank's share of it; never under the least that is exact on integers (more noise than asked is safe)."""
+        if not std:
+            return 0.0
+        return max(LEAST_SHARE_STD, share_std(std, banks, self.contract.colluding(banks)))
+
+    def total_std(self, std: float, banks: int) -> float:
+        """What all shares make together: more than `std`, for the colluders' shares do not count."""
+        return self.share(std, banks) * banks**0.5
+
+    @cached_property
+    def noise_stds(self) -> NoiseStds:
+        """What all shares of the roster's banks make together, as the training loop takes it."""
+        if self.plan is None:
+            return NoiseStds()
+        banks = len(self.contract.banks)
+        return NoiseStds(
+            bins=self.total_std(self.std("bins"), banks),
+            gradient=self.total_std(self.std("sums"), banks),
+            search=tuple(
+                (
+                    self.total_std(self.std(f"search.{number}.gradient"), banks),
+                    self.total_std(self.std(f"search.{number}.curvature"), banks),
+                )
+                for number in range(1, self.contract.model.rounds + 1)
+            ),
+        )
+
+    @cached_property
+    def aggregate_parameters(self) -> BFVParameters:
+        noise = self.noise_stds.gradient * (1 << RESIDUAL_BITS)
+        return choose_aggregate(
+            rows=self.training_rows,
+            value_bits=RESIDUAL_BITS + 1,
+            matrix_bits=1,
+            features=max(len(owner.columns) + 1 for owner in self.contract.owners),
+            noise_std=noise,
+        )
+
+    @cached_property
+    def sum_parameters(self) -> BFVParameters:
+        return choose_sum(parties=len(self.contract.banks))

@@ -1,0 +1,164 @@
+"""The vault: the institution's own process that holds data, keys and policy, and decides before anything leaves.
+
+It has one call, `handle(bytes) -> bytes`; there is none that returns rows. It is a state machine over the schedule of
+`protocol`: a step out of order is refused; a repeated request gets the stored reply, byte for byte; the same step with
+other bytes is refused (one pad on two inputs would leak their difference); an exchange is run again only with the next
+attempt and a subset of its participants, and only as long as its result was not opened.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from fl_clients.contract import Contract
+from fl_clients.protocol import (
+    Audience,
+    Letter,
+    Post,
+    Reply,
+    Request,
+    Step,
+    StepKind,
+    decode_request,
+    encode_reply,
+    schedule,
+    sign_post,
+)
+from models.errors import DataError
+from privacy.errors import Refused
+from privacy.identity import SigningIdentity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outgoing:
+    """What a step lets out, before signing."""
+
+    letters: tuple[Letter, ...] = ()
+    posts: tuple[Post, ...] = ()
+    summand: bytes | None = None
+    released: dict[str, object] | None = None
+
+
+class PartyRole(Protocol):
+    """A bank or a feature owner: its part of each step, called in order, once per attempt."""
+
+    side: Audience
+
+    def perform(self, step: Step, request: Request) -> Outgoing: ...
+
+    def destroy(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Position:
+    """The last step that was done: exchange and place in it (of this party's own schedule), and its attempt."""
+
+    exchange: int
+    place: int
+    attempt: int
+
+
+class Vault:
+    """One institution's vault for one job."""
+
+    def __init__(self, *, party: str, contract: Contract, identity: SigningIdentity, role: PartyRole) -> None:
+        if contract.party(party).identity != identity.public.hex():
+            raise Refused(f"the identity key of {party!r} is not the one in the contract; use the key that was agreed")
+        self.party = party
+        self.contract = contract
+        self._identity = identity
+        self._role = role
+        self._schedule: list[list[Step]] = []
+        for exchange in schedule(contract):
+            own = [item.step for item in exchange if item.audience in (role.side, "all")]
+            if own:
+                self._schedule.append(own)
+        self._done = _Position(-1, 0, 0)
+        self._participants = tuple(bank.name for bank in contract.banks)
+        self._stored: dict[tuple[str, int], tuple[bytes, bytes]] = {}
+
+    def __repr__(self) -> str:
+        return f"Vault({self.party!r}, job {self.contract.job})"
+
+    def handle(self, data: bytes) -> bytes:
+        """Answer one request. A refusal is an answer too: signed, with its reason in one line."""
+        try:
+            request = decode_request(data, self.contract)
+        except Refused as error:
+            return self._refusal("", 0, str(error))
+        key = (request.step, request.attempt)
+        digest = hashlib.sha256(data).digest()
+        if key in self._stored:
+            stored_digest, reply = self._stored[key]
+            if stored_digest == digest:
+                return reply
+            return self._refusal(*key, f"step {request.step} attempt {request.attempt} was asked with other content")
+        try:
+            position, step = self._admit(request)
+            outgoing = self._role.perform(step, request)
+        except (Refused, DataError) as error:
+            return self._refusal(*key, str(error))
+        self._done = position
+        self._participants = request.participants
+        reply = self._sign(request, outgoing)
+        self._stored[key] = (digest, reply)
+        if step.kind is StepKind.CLOSE:
+            self._role.destroy()
+            self._stored = {key: (digest, reply)}
+        return reply
+
+    def _admit(self, request: Request) -> tuple[_Position, Step]:
+        """Where in the schedule this request stands; `Refused` when it may not come now."""
+        done = self._done
+        candidates: list[tuple[_Position, Step]] = []
+        if done.exchange >= 0:
+            current = self._schedule[done.exchange]
+            if done.place + 1 < len(current):
+                candidates.append((_Position(done.exchange, done.place + 1, done.attempt), current[done.place + 1]))
+            candidates.append((_Position(done.exchange, 0, request.attempt), current[0]))
+            finished = done.place + 1 == len(current)
+        else:
+            finished = True
+        if finished and done.exchange + 1 < len(self._schedule):
+            # another party may have died before this one was asked: a first attempt may carry any number
+            candidates.append((_Position(done.exchange + 1, 0, request.attempt), self._schedule[done.exchange + 1][0]))
+        for position, step in candidates:
+            if step.name != request.step or position.attempt != request.attempt:
+                continue
+            again = position.exchange == done.exchange and position.place == 0
+            if again and request.attempt <= done.attempt:
+                break
+            self._check_participants(request.participants)
+            return position, step
+        expected = " or ".join(sorted({step.name for _, step in candidates})) or "nothing, the job is closed"
+        raise Refused(
+            f"step {request.step} attempt {request.attempt} is out of order at {self.party}: expected {expected}"
+        )
+
+    def _check_participants(self, participants: Sequence[str]) -> None:
+        if not set(participants) <= set(self._participants) or len(set(participants)) != len(participants):
+            raise Refused(f"participants {list(participants)} are no subset of {list(self._participants)}")
+        if tuple(participants) != tuple(name for name in self._participants if name in participants):
+            raise Refused("participants are not in the order of the contract")
+        if len(participants) < self.contract.least_banks:
+            raise Refused(f"{len(participants)} banks left, the contract needs {self.contract.least_banks}")
+        if self._role.side == "banks" and self.party not in participants:
+            raise Refused(f"{self.party} was left out of the job; a bank that dropped does not come back")
+
+    def _sign(self, request: Request, outgoing: Outgoing) -> bytes:
+        reply = Reply(
+            job=self.contract.hash,
+            step=request.step,
+            attempt=request.attempt,
+            party=self.party,
+            letters=outgoing.letters,
+            posts=tuple(sign_post(post, self.contract, self._identity) for post in outgoing.posts),
+            summand=outgoing.summand,
+            released=outgoing.released or {},
+        )
+        return encode_reply(reply, self._identity)
+
+    def _refusal(self, step: str, attempt: int, reason: str) -> bytes:
+        reply = Reply(job=self.contract.hash, step=step, attempt=attempt, party=self.party, refused=reason)
+        return encode_reply(reply, self._identity)

@@ -1,0 +1,95 @@
+"""The coordinator's run store: one directory per job, written whole or not at all."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from fl_clients.contract import Contract
+from fl_server.coordinator import COORDINATOR, Outcome
+from models.score_histogram import ScoreHistogram
+
+
+def write_run(folder: Path, files: Mapping[str, str]) -> None:
+    """Write `files` (relative name -> text) into `folder`, which must be absent or a folder of an earlier run.
+
+    Everything is written beside it first and then put in place by a rename, so that nothing half-written stays.
+    """
+    marker = "result.json"
+    if folder.exists() and any(folder.iterdir()) and not (folder / marker).exists():
+        raise FileExistsError(f"{folder} is not empty and holds no earlier run; name another folder with --out")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        for name, text in files.items():
+            path = fresh / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        os.chmod(fresh, 0o755)  # noqa: S103 - results are no secret
+        if folder.exists():
+            shutil.rmtree(folder)
+        fresh.rename(folder)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+
+
+def outcome_figures(contract: Contract, outcome: Outcome) -> dict[str, object]:
+    """What the coordinator itself knows at the end: figures of the pooled histogram, cost, privacy parameters."""
+    histogram = ScoreHistogram.from_vector(np.array(outcome.histogram, dtype=np.int64))
+    roster = outcome.roster
+    aggregate = roster.aggregate_parameters
+    attempts: dict[str, int] = {}
+    for step in outcome.steps:
+        attempts[step.step] = max(attempts.get(step.step, 0), step.attempt + 1)
+    return {
+        "job": contract.job,
+        "contract": contract.hash.hex(),
+        "rounds": contract.model.rounds,
+        "parties": {party.name: party.role for party in contract.parties},
+        "rows": {
+            "training": roster.training_rows,
+            "held_out": sum(announcement.held_out_rows for announcement in roster.announcements.values()),
+            "by_bank": {bank.name: roster.announcements[bank.name].training_rows for bank in contract.banks},
+        },
+        "messages": sum(step.messages for step in outcome.steps),
+        "bytes": {
+            "total": sum(step.bytes_in + step.bytes_out for step in outcome.steps),
+            "coordinator_in": sum(step.bytes_in for step in outcome.steps),
+        },
+        "pooled_metrics": {
+            "auc": histogram.auc(),
+            "auc_error_bound": histogram.auc_error_bound(),
+            "ks": histogram.ks(),
+            "gini": histogram.gini(),
+            "brier": histogram.brier(),
+        },
+        "privacy": {
+            "epsilon": contract.privacy.epsilon,
+            "delta": roster.delta if contract.privacy.epsilon is not None else None,
+            "he": {
+                "scheme": "BFV",
+                "n": aggregate.degree,
+                "log_q": aggregate.log_q,
+                "log_t": aggregate.log_t,
+                "security_bits": aggregate.security_bits,
+                "flooding_bits": aggregate.hiding_bits,
+            },
+        },
+        "attempts": {step: count for step, count in attempts.items() if count > 1},
+        "bytes_by_pair": {f"{source} -> {target}": size for (source, target), size in outcome.bytes_by_pair.items()},
+        "receipts": dict(outcome.receipts),
+        "coordinator": COORDINATOR,
+    }
+
+
+def write_outcome(folder: Path, contract: Contract, outcome: Outcome) -> None:
+    """The coordinator's own record of a deployed job."""
+    figures = outcome_figures(contract, outcome)
+    write_run(
+        folder, {"result.json": json.dumps(figures, indent=1), "contract.json": contract.model_dump_json(indent=1)}
+    )

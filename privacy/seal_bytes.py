@@ -1,0 +1,140 @@
+"""Bytes in and out of SEAL objects (`tenseal.sealapi`), in bulk.
+
+`sealapi` offers only file paths and one coefficient at a time; we write SEAL's own uncompressed serialisation into an
+anonymous memory file (Linux `memfd`) and let SEAL load it: 0.06 ms instead of 7 ms for 8192 coefficients.
+Guarantee: a self-test at import proves that this SEAL reads what we write (else `Refused`, nothing runs).
+Assumption: SEAL 4.x serialisation (16-byte header: magic, header size, version, compression mode, total size).
+Source: Microsoft SEAL 4 `serialization.h`, `plaintext.cpp`, `ciphertext.cpp`, `dynarray.h`.
+"""
+
+import os
+import struct
+import threading
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tenseal.sealapi as sealapi
+
+from privacy.errors import Refused
+
+UInt64 = npt.NDArray[np.uint64]
+
+_MAGIC = b"\x5e\xa1"
+_HEADER = 16
+_OWN_FILE = threading.local()
+
+
+def _file() -> int:
+    """One memory file per thread: a vault may serve several threads."""
+    if not hasattr(_OWN_FILE, "descriptor"):
+        _OWN_FILE.descriptor = os.memfd_create("seal", os.MFD_CLOEXEC)
+    return int(_OWN_FILE.descriptor)
+
+
+def dump(seal_object: Any) -> bytes:
+    """SEAL's own serialisation of a plaintext, ciphertext or key (seed-compressed where SEAL can)."""
+    descriptor = _file()
+    seal_object.save(f"/proc/self/fd/{descriptor}")
+    data = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+    os.ftruncate(descriptor, 0)
+    return data
+
+
+def load(seal_object: Any, context: Any, data: bytes, what: str) -> Any:
+    """Load `data` into `seal_object`; SEAL checks that it is valid for `context`.
+
+    Raises `Refused` when the bytes are not a valid object of these parameters (cut, altered, other parameters).
+    """
+    if len(data) < _HEADER or data[:2] != _MAGIC or struct.unpack_from("<Q", data, 8)[0] != len(data):
+        raise Refused(f"{what}: {len(data)} bytes are not a SEAL object; the message is damaged, send it again")
+    descriptor = _file()
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, data, 0)
+    try:
+        seal_object.load(context, f"/proc/self/fd/{descriptor}")
+    except (RuntimeError, ValueError) as error:
+        raise Refused(f"{what}: SEAL refuses the bytes ({error}); the message is damaged, send it again") from None
+    finally:
+        os.ftruncate(descriptor, 0)
+    return seal_object
+
+
+def _header(total: int) -> bytes:
+    return _TEMPLATE[:5] + b"\x00" + _TEMPLATE[6:8] + struct.pack("<Q", total)
+
+
+def _array(coefficients: UInt64) -> bytes:
+    """SEAL `DynArray`: header, element count, elements."""
+    payload = np.ascontiguousarray(coefficients, dtype="<u8").tobytes()
+    return _header(_HEADER + 8 + len(payload)) + struct.pack("<Q", len(coefficients)) + payload
+
+
+def plaintext(context: Any, coefficients: UInt64) -> Any:
+    """A SEAL plaintext polynomial with these coefficients (uint64[<= N], each below the plaintext modulus)."""
+    body = struct.pack("<4Q", 0, 0, 0, 0) + struct.pack("<Q", len(coefficients)) + struct.pack("<d", 1.0)
+    body += _array(coefficients)
+    return load(sealapi.Plaintext(), context, _header(_HEADER + len(body)) + body, "plaintext")
+
+
+def trivial_ciphertext(context: Any, parms_id: list[int], residues: UInt64) -> Any:
+    """The ciphertext (f, 0), f given by its residues modulo each prime of the level: uint64[primes, N]."""
+    primes, degree = residues.shape
+    data = np.concatenate([residues.reshape(-1), np.zeros(primes * degree, np.uint64)])
+    body = struct.pack("<4Q", *parms_id) + b"\x00" + struct.pack("<3Q", 2, degree, primes)
+    body += struct.pack("<d", 1.0) + struct.pack("<Q", 1) + _array(data)
+    return load(sealapi.Ciphertext(context), context, _header(_HEADER + len(body)) + body, "flooding ciphertext")
+
+
+def coefficients(polynomial: Any, indices: npt.NDArray[np.int64]) -> UInt64:
+    """The coefficients of a SEAL plaintext at `indices` (beyond its degree: zero)."""
+    count = polynomial.coeff_count()
+    return np.array([polynomial.data(i) if i < count else 0 for i in indices.tolist()], dtype=np.uint64)
+
+
+def make_context(degree: int, prime_bits: tuple[int, ...], log_t: int) -> Any:
+    """A BFV context with power-of-two plaintext modulus; SEAL enforces 128-bit security (TC128) or we refuse."""
+    parameters = sealapi.EncryptionParameters(sealapi.SCHEME_TYPE.BFV)
+    parameters.set_poly_modulus_degree(degree)
+    parameters.set_coeff_modulus(sealapi.CoeffModulus.Create(degree, list(prime_bits)))
+    parameters.set_plain_modulus(1 << log_t)
+    context = sealapi.SEALContext(parameters, True, sealapi.SEC_LEVEL_TYPE.TC128)
+    if not context.parameters_set():
+        raise Refused(
+            f"BFV N={degree}, primes {prime_bits}, t=2^{log_t}: {context.parameters_error_message()}; "
+            "use parameters of at least 128-bit security"
+        )
+    return context
+
+
+def _template() -> bytes:
+    probe = dump(sealapi.Plaintext("3x^1 + 5"))
+    if probe[:3] != _MAGIC + bytes([_HEADER]) or probe[3] != 4 or struct.unpack_from("<Q", probe, 8)[0] != len(probe):
+        raise Refused(f"this SEAL writes the header {probe[:8].hex()}, we know version 4 only; install tenseal==0.3.18")
+    return probe[:_HEADER]
+
+
+_TEMPLATE = _template()
+
+
+def self_test() -> None:
+    """Prove on a small context that SEAL reads plaintexts and ciphertexts as we write them."""
+    context = make_context(4096, (36, 36, 37), 20)
+    keys = sealapi.KeyGenerator(context)
+    encryptor = sealapi.Encryptor(context, keys.secret_key())
+    decryptor = sealapi.Decryptor(context, keys.secret_key())
+    values = (np.arange(4096, dtype=np.uint64) * np.uint64(2654435761)) & np.uint64((1 << 20) - 1)
+    encrypted = sealapi.Ciphertext(context)
+    encryptor.encrypt_symmetric(plaintext(context, values), encrypted)
+    level = context.first_context_data().parms()
+    moduli = [int(m.value()) for m in level.coeff_modulus()]
+    # 2^20 * 4096 = a multiple of q/t steps far below the noise bound: must not change the message
+    shift = np.array([[4096] * 4096 for _ in moduli], dtype=np.uint64)
+    sealapi.Evaluator(context).add_inplace(encrypted, trivial_ciphertext(context, context.first_parms_id(), shift))
+    opened = sealapi.Plaintext()
+    decryptor.decrypt(load(sealapi.Ciphertext(context), context, dump(encrypted), "self-test"), opened)
+    if not np.array_equal(coefficients(opened, np.arange(4096)), values):
+        raise Refused("self-test: SEAL does not read our serialisation exactly; install tenseal==0.3.18")
+
+
+self_test()

@@ -1,0 +1,222 @@
+"""One simulated job: contract, identities and vaults of every party in this process, and the coordinator that drives them.
+
+The parties run the programs that they would run in production; only the wire and the alignment differ.
+"""
+
+import os
+import secrets
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fl_clients.bank import Bank
+from fl_clients.contract import ColumnTerms, Contract, ModelTerms, PartyTerms, PrivacyTerms
+from fl_clients.courier import app as socket_courier
+from fl_clients.courier import client_app
+from fl_clients.feature_owner import FeatureOwner
+from fl_clients.vault import Vault
+from fl_clients.vault_service import serve
+from fl_server.coordinator import STEP_TIMEOUT_S, Coordinator, JobStoppedError, Outcome, Watch
+from fl_server.server_app import server_app
+from models.scorecard import ScorecardSettings
+from privacy.identity import SigningIdentity
+from privacy.noise import RecordedNoise, SystemNoise
+from simulations.alignment import align
+from simulations.federation_folder import Federation
+from simulations.memory_grid import MemoryGrid
+
+Wire = Literal["memory", "ray"]
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parties:
+    """Everyone in a simulated job. `banks` and `owners` are the roles inside the vaults, for their own model files."""
+
+    contract: Contract
+    coordinator: SigningIdentity
+    vaults: dict[str, Vault]
+    banks: dict[str, Bank]
+    owners: dict[str, FeatureOwner]
+    noise: RecordedNoise
+
+
+def make_contract(
+    federation: Federation,
+    settings: ScorecardSettings,
+    privacy: PrivacyTerms,
+    identities: dict[str, SigningIdentity],
+    coordinator: SigningIdentity,
+    least_banks: int | None = None,
+) -> Contract:
+    """The contract of a simulated job over this federation; by default no bank may be left out."""
+
+    def terms(party: str) -> tuple[ColumnTerms, ...]:
+        return tuple(
+            ColumnTerms(name=c.name, kind=c.kind, special_codes=c.codes, categories=c.categories)
+            for c in federation.columns[party]
+        )
+
+    banks = [
+        PartyTerms(
+            name=bank.name,
+            role="bank",
+            identity=identities[bank.name].public.hex(),
+            columns=terms(federation.label_holder),
+        )
+        for bank in federation.banks
+    ]
+    owners = [
+        PartyTerms(
+            name=owner.name, role=owner.role, identity=identities[owner.name].public.hex(), columns=terms(owner.name)
+        )
+        for owner in federation.owners
+    ]
+    return Contract(
+        job=secrets.token_hex(16),
+        purpose="simulation of joint credit-risk modelling",
+        label=f"{federation.name}: 1 = default, as the folder defines it",
+        simulation=True,
+        coordinator_identity=coordinator.public.hex(),
+        parties=(*banks, *owners),
+        model=ModelTerms(
+            rounds=settings.rounds,
+            max_bins_bank=settings.max_bins_bank,
+            max_bins_owner=settings.max_bins_owner,
+            least_count=settings.least_count,
+            ridge=settings.ridge,
+            smoothness=settings.smoothness,
+            forward_noise=settings.forward_noise,
+        ),
+        privacy=privacy,
+        least_banks=len(banks) if least_banks is None else least_banks,
+    )
+
+
+def make_parties(
+    federation: Federation, settings: ScorecardSettings, privacy: PrivacyTerms, least_banks: int | None = None
+) -> Parties:
+    """Fresh identities, one contract, one vault per institution, aligned by the simulator."""
+    names = [*(bank.name for bank in federation.banks), *(owner.name for owner in federation.owners)]
+    identities = {name: SigningIdentity.generate() for name in names}
+    coordinator = SigningIdentity.generate()
+    contract = make_contract(federation, settings, privacy, identities, coordinator, least_banks)
+    bank_data, owner_data = align(federation)
+    noise = RecordedNoise(SystemNoise())
+    banks = {
+        name: Bank(name=name, contract=contract, data=data, noise=noise) for name, data in bank_data.items()
+    }
+    owners = {
+        name: FeatureOwner(name=name, contract=contract, data=data, noise=noise) for name, data in owner_data.items()
+    }
+    vaults = {
+        name: Vault(party=name, contract=contract, identity=identities[name], role=role)
+        for name, role in {**banks, **owners}.items()
+    }
+    return Parties(
+        contract=contract, coordinator=coordinator, vaults=vaults, banks=banks, owners=owners, noise=noise
+    )
+
+
+def run_in_memory(parties: Parties, watch: Watch, transcript: list[bytes] | None = None) -> Outcome:
+    """Drive the job over the in-memory `Grid`."""
+    names = dict(enumerate(parties.vaults, start=10))
+    courier = client_app(lambda context: _vault_call(parties, names[context.node_id]))
+    grid = MemoryGrid(courier, {node: {"vault": name} for node, name in names.items()}, transcript)
+    return Coordinator(
+        grid=grid, contract=parties.contract, identity=parties.coordinator, watch=watch, timeout_s=STEP_TIMEOUT_S
+    ).run()
+
+
+def _vault_call(parties: Parties, name: str) -> tuple[str, Callable[[bytes], bytes]]:
+    return name, parties.vaults[name].handle
+
+
+@contextmanager
+def _sockets(parties: Parties) -> Iterator[Path]:
+    """Every vault behind its own Unix socket, as in a deployment."""
+    with tempfile.TemporaryDirectory(prefix="xinyi-") as folder, ExitStack() as stack:
+        for number, vault in enumerate(parties.vaults.values()):
+            stack.enter_context(serve(vault, Path(folder) / f"{number}.sock"))
+        yield Path(folder)
+
+
+def run_on_ray(parties: Parties, watch: Watch) -> Outcome:
+    """Drive the job over Flower's simulation engine: every message runs in a Ray actor and reaches its vault by gRPC."""
+    os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+    from flwr.simulation import run_simulation
+
+    outcomes: list[Outcome] = []
+    stopped: list[JobStoppedError] = []
+
+    def keep(run: Callable[[], Outcome]) -> None:
+        try:
+            outcomes.append(run())
+        except JobStoppedError as error:
+            stopped.append(error)
+
+    with _sockets(parties) as folder:
+        os.environ["XINYI_VAULTS"] = str(folder)
+        run_simulation(
+            server_app=server_app(parties.contract, parties.coordinator, keep, watch, STEP_TIMEOUT_S),
+            client_app=socket_courier,
+            num_supernodes=len(parties.vaults),
+            backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
+        )
+    if stopped:
+        raise stopped[0]
+    if not outcomes:
+        raise JobStoppedError("the Flower simulation ended without a result; see its log above")
+    return outcomes[0]
+
+
+def noise_totals(parties: Parties, outcome: Outcome) -> dict[str, Int64]:
+    """The tape for the plaintext twin: every bank's noise of the attempts that counted, summed over banks."""
+    last = {step.step: step for step in outcome.steps}
+    totals: dict[str, Int64] = {}
+    for tag, drawn in parties.noise.tape.items():
+        if tag.startswith("forward/"):
+            totals[tag] = drawn
+            continue
+        _, release, attempt, bank = tag.split("/", 3)
+        name, part = _twin_tag(release)
+        step = last[_step_of(release)]
+        if int(attempt) == step.attempt and bank in step.participants:
+            key = f"{name}#{part}"
+            totals[key] = totals.get(key, np.zeros(len(drawn), np.int64)) + drawn
+    joined: dict[str, Int64] = {}
+    for key in sorted(totals):
+        name = key.split("#")[0]
+        joined[name] = np.concatenate([joined[name], totals[key]]) if name in joined else totals[key]
+    return joined
+
+
+def _step_of(release: str) -> str:
+    """The step in which a release was drawn: "r1.owner.x" -> "r1.open", "r1.search.2.0" -> "r1.search.2"."""
+    parts = release.split(".")
+    return f"{parts[0]}.open" if len(parts) > 2 and parts[1] == "owner" else ".".join(parts[:-1])
+
+
+def _twin_tag(release: str) -> tuple[str, str]:
+    """The twin's name of a release and the part of it."""
+    parts = release.split(".")
+    if len(parts) > 2 and parts[1] == "owner":
+        return f"sum/{release}", "0"
+    match parts[:-1]:
+        case ["bins", level]:
+            return f"sum/bins-{level}", parts[-1]
+        case [round_name, "residual"]:
+            return f"sum/{round_name}.own", parts[-1]
+        case other:
+            return f"sum/{'.'.join(other)}", parts[-1]
+
+
+def model_files(parties: Parties) -> dict[str, dict[str, Any]]:
+    """What every institution would write to its own model file."""
+    return {name: role.model() for name, role in {**parties.banks, **parties.owners}.items()}
