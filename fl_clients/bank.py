@@ -34,8 +34,8 @@ Int64 = npt.NDArray[np.int64]
 NOISY_CELLS_MERGED = 16
 """With epsilon this many neighbouring cells of the score histogram are released as one (costs .0005 AUC)."""
 
-MOMENT_BITS = CURVATURE_BITS - 2 + 2 * (line_search.DIRECTION_BITS + 2)
-"""Bits of one row's largest contribution to the line search: q <= 1/4 times two directions clipped at 4."""
+LARGEST_MOMENT = (line_search.CLIP << line_search.DIRECTION_BITS) ** 2 << (CURVATURE_BITS - 2)
+"""One row's largest contribution to the line search: q <= 1/4 times two clipped directions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -402,7 +402,7 @@ class Bank:
         gradient, curvature = self._search_stds(step.round_number)
         k = len(self._a)
         stds = [(k, gradient), (len(values) - k, curvature)] if gradient else ()
-        largest = session.roster.training_rows << MOMENT_BITS
+        largest = session.roster.training_rows * LARGEST_MOMENT
         summand = self._summand(step, request, values, largest, stds)
         return Outgoing(summand=summand, posts=self._opened_post(request))
 

@@ -22,7 +22,7 @@ from models.fixed_point import RESIDUAL_BITS
 from privacy import blind_aggregate, blind_sum
 from privacy.errors import Refused
 from privacy.masks import OneTimePad, pairwise_mask
-from privacy.noise import NoiseSource
+from privacy.noise import ForwardNoise
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -33,7 +33,7 @@ class FeatureOwner:
 
     side: Audience = "owners"
 
-    def __init__(self, *, name: str, contract: Contract, data: OwnerData, noise: NoiseSource) -> None:
+    def __init__(self, *, name: str, contract: Contract, data: OwnerData, noise: ForwardNoise) -> None:
         self._name = name
         self._contract = contract
         self._data = data
@@ -212,7 +212,7 @@ class FeatureOwner:
         self._direction = scorecard.direction(self._factor, sums, self._weights, self._fitted(), settings.penalty)
         spread = scorecard.spread(self._cross_tab, self._direction, session.roster.training_rows)
         std = round(settings.forward_noise * spread)
-        noise = self._noise.forward(f"forward/r{step.round_number}/{self._name}", self._data.rows, std)
+        noise = self._noise.draw(f"forward/r{step.round_number}/{self._name}", self._data.rows, std)
         letters = []
         for bank in request.participants:
             index = self._data.aligned[bank].training

@@ -13,8 +13,8 @@ from models.fixed_point import RESIDUAL_BITS
 from models.line_search import INNER_STEPS, sensitivities
 from models.scorecard import NoiseStds
 from models.shared_bins import LEVELS
-from privacy.accounting import Plan, plan_job, scorecard_releases
-from privacy.noise import LEAST_SHARE_STD, share_std
+from privacy.accounting import Plan, default_delta, plan_job, scorecard_releases
+from privacy.noise import share_std
 from privacy.parameters import BFVParameters, choose_aggregate, choose_sum
 
 
@@ -44,7 +44,7 @@ class Roster:
     @cached_property
     def delta(self) -> float:
         given = self.contract.privacy.delta
-        return given if given is not None else 1 / (10 * self.training_rows)
+        return given if given is not None else default_delta(self.training_rows)
 
     @cached_property
     def plan(self) -> Plan | None:
@@ -57,7 +57,8 @@ class Roster:
             features_bank=len(self.contract.banks[0].columns),
             features_owners={owner.name: len(owner.columns) for owner in self.contract.owners},
             rounds=rounds,
-            levels=LEVELS,
+            bin_levels=LEVELS,
+            honest_banks=len(self.contract.banks) - self.contract.colluding(len(self.contract.banks)),
             inner_steps=INNER_STEPS,
             search_sensitivities=[sensitivities(3 if number == 1 else 4) for number in range(1, rounds + 1)],
         )
@@ -68,10 +69,8 @@ class Roster:
         return 0.0 if self.plan is None else self.plan.stds[release]
 
     def share(self, std: float, banks: int) -> float:
-        """One bank's share of it; never under the least that is exact on integers (more noise than asked is safe)."""
-        if not std:
-            return 0.0
-        return max(LEAST_SHARE_STD, share_std(std, banks, self.contract.colluding(banks)))
+        """One bank's share of it."""
+        return share_std(std, banks, self.contract.colluding(banks)) if std else 0.0
 
     def total_std(self, std: float, banks: int) -> float:
         """What all shares make together: more than `std`, for the colluders' shares do not count."""

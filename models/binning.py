@@ -215,9 +215,8 @@ def fit_numeric(
         edges.update(float(values[i]) for i in _quantile_starts(counts, start, stop, pieces))
     for i in np.flatnonzero(is_atom):
         edges.add(float(values[i]))
-        edges.add(float(ends[i]))
-    # nothing is below the first value or above a last atom's cell, so these two edges would make empty bins
-    ordered = sorted(edges - {float(values[0])} - ({float(ends[-1])} if is_atom[-1] else set()))
+    # nothing lies below the first value, so an edge there would make an empty bin
+    ordered = sorted(edges - {float(values[0])})
     places = np.searchsorted(np.array(ordered, dtype=np.float64), values[is_atom], side="right")
     return FeatureBins(
         name=name, kind="numeric", edges=tuple(ordered), codes=special, atoms=tuple(sorted({int(i) for i in places}))

@@ -3,8 +3,8 @@
 What it guarantees: a bank's contribution is an integer vector that is clipped per row, so it can be secure-summed
 exactly and its sensitivity is bounded; every bank computes the same step sizes from the same sum, bit for bit (only +
 - * / sqrt and Python integers).
-Formula: x = direction / scale, clipped to +-CLIP; g = sum v x, H = sum q x x'; a <- a + t H^-1 g with t = 2 / (2 + M), M
-= bound of |x . step|.
+Formula: x = direction / scale, clipped to +-CLIP; g = sum v x, H = sum q x x'; a <- a + t H^-1 g with t = 2 / (2 +
+M), M = bound of |x . step|.
 2 / (2 + M) <= ln(1 + M) / M, the step that decreases a generalised self-concordant loss (Sun and Tran-Dinh, Math.
 Programming 178 (2019), Theorem 2 and logistic loss with nu = 2). No loss is evaluated: each would be another release.
 Units: x at 2**-DIRECTION_BITS of a scale; step sizes at 2**-ALPHA_BITS; the intercept at 2**-SCORE_BITS logit.
@@ -89,8 +89,8 @@ def sensitivities(k: int) -> tuple[float, float]:
     """L2 bounds of one enterprise's part of (gradient, curvature) in the integer units of `moments`; k columns, the
     last the intercept.
 
-    |v| <= 1, q <= 1/4, |x| <= CLIP for k - 1 columns and 1 for the intercept; adjacency: the row's contribution replaced
-    by zero.
+    |v| <= 1, q <= 1/4, |x| <= CLIP for k - 1 columns and 1 for the intercept; adjacency: the row's contribution
+    replaced by zero.
     """
     if k < 2:
         raise DataError(f"a line search has at least one direction and the intercept, not {k} columns")
@@ -118,8 +118,8 @@ def update(
     k = len(a)
     if moments.shape != (k + k * (k + 1) // 2,):
         raise DataError(f"{moments.shape} moments for {k} columns; expected {k + k * (k + 1) // 2}")
-    if rows_total < 1:
-        raise DataError(f"{rows_total} rows in a line search")
+    if not 1 <= rows_total <= ROWS_LIMIT:
+        raise DataError(f"rows_total {rows_total} of a line search is outside 1..{ROWS_LIMIT}; split the job")
     gradient = moments[:k].astype(np.float64) / float(1 << (SEARCH_RESIDUAL_BITS + DIRECTION_BITS))
     unit = float(1 << (CURVATURE_BITS + 2 * DIRECTION_BITS))
     matrix = np.zeros((k, k), dtype=np.float64)
@@ -176,11 +176,15 @@ def advance(score: Int64, directions: Sequence[Int64], alphas: Sequence[int]) ->
     return score + total_step(directions, alphas) + np.int64(alphas[-1])
 
 
-def owner_scale(spreads: Sequence[int]) -> int:
-    """Scale of the noised sum of the owners' directions: sqrt(2) times the sum of their spreads, because each adds
-    noise of one spread.
+def owner_scale(spreads: Sequence[int], forward_noise: float = 1.0) -> int:
+    """Scale of the noised sum of the owners' directions: sqrt(1 + forward_noise**2) times the sum of their spreads.
+
+    forward_noise: the multiplier of the settings; each owner adds noise of that many spreads to its direction.
     """
-    return max(1, math.isqrt(2 * sum(spreads) ** 2))
+    if not (math.isfinite(forward_noise) and 0 <= forward_noise <= 1000):
+        raise DataError(f"forward noise of {forward_noise} spreads is outside 0..1000")
+    power = round((1.0 + forward_noise * forward_noise) * float(1 << 20))
+    return max(1, math.isqrt(power * sum(spreads) ** 2 >> 20))
 
 
 def previous_scale(alphas: Sequence[int], scales: Sequence[int]) -> int:

@@ -210,10 +210,11 @@ def _fit_values(state: SharedBinning, feature: int) -> tuple[FeatureBins, Int64]
     spec, first = state.specs[feature], _first(state)[feature]
     cells, counts = _leaves(state, feature)
     low, high, merged = _significant(cells, counts, state.noise_std)
-    bins = fit_numeric(spec.name, low, merged, state.max_bins, (), uppers=high)
-    bins = replace(bins, codes=spec.codes)
+    # codes are counted apart, so a cell that happens to start at one is an ordinary cell: they join after the fit
+    bins = replace(fit_numeric(spec.name, low, merged, state.max_bins, uppers=high), codes=tuple(sorted(spec.codes)))
     inside = np.zeros(bins.size, dtype=np.int64)
-    np.add.at(inside, np.searchsorted(np.array(bins.edges), low, side="right"), merged)
+    # every cell lies in one bin, because edges are ends of cells; counts of all cells keep the sums unbiased
+    np.add.at(inside, np.searchsorted(np.array(bins.edges), cells[:, 0], side="right"), counts)
     inside[bins.ordered :] = first[GRID:]
     return bins, inside
 
@@ -264,24 +265,25 @@ def _leaves(state: SharedBinning, feature: int) -> tuple[Float64, Int64]:
 
 
 def _significant(cells: Float64, counts: Int64, noise_std: float) -> tuple[Float64, Float64, Int64]:
-    """Merge neighbours until each run's count exceeds THRESHOLD standard deviations of its noise: (low, high, count)
-    of the runs.
+    """Runs of neighbouring cells with a significant count: (low, high, count), ascending.
+
+    Cells are merged until their count exceeds THRESHOLD standard deviations of the merged noise. A cell that is
+    significant alone stays alone (an atom must not be blurred), and what was not yet significant before it is left out.
     """
-    runs: list[list[float]] = []
+    runs: list[tuple[float, float, int]] = []
     low, mass, members = 0.0, 0, 0
     for (start, stop), count in zip(cells.tolist(), counts.tolist(), strict=True):
-        if count > THRESHOLD * noise_std:  # significant alone: an atom must not be blurred by its neighbours
-            if members and runs:
-                runs[-1][1], runs[-1][2] = start, max(runs[-1][2] + mass, 1)
-            runs.append([start, stop, count])
-            members = mass = 0
-            continue
-        if noise_std == 0.0:
+        if count > THRESHOLD * noise_std:
+            runs.append((start, stop, count))
+            mass = members = 0
             continue
         low = low if members else start
         mass, members = mass + count, members + 1
         if mass > THRESHOLD * noise_std * math.sqrt(members):
-            runs.append([low, stop, mass])
-            members = mass = 0
-    lows, highs, masses = (np.array(column) for column in zip(*runs, strict=True)) if runs else ([], [], [])
-    return np.asarray(lows, dtype=np.float64), np.asarray(highs, dtype=np.float64), np.asarray(masses).astype(np.int64)
+            runs.append((low, stop, mass))
+            mass = members = 0
+    return (
+        np.array([run[0] for run in runs], dtype=np.float64),
+        np.array([run[1] for run in runs], dtype=np.float64),
+        np.array([run[2] for run in runs], dtype=np.int64),
+    )

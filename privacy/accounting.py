@@ -1,115 +1,208 @@
-"""What a job costs: zero-concentrated differential privacy (zCDP) of its releases, through `dp-accounting`.
+"""What a job's releases cost in privacy, and how much noise they need to stay within the contract's epsilon.
 
-Unit: one enterprise at one bank. Adjacency: its v and bank fields are zeroed out (membership is known from alignment);
-replacement costs four times the rho, k banks or m loans k^2 and m^2 (docs/privacy-accounting.md).
-Guarantee: for the plan's standard deviations, the composition of all releases is (epsilon, delta)-differentially
-private towards everyone who sees them, as `dp-accounting` recomputes it from the deviations themselves.
-Formula: rho of a Gaussian release = l2^2 / (2 std^2); releases compose by adding rho; held-out rows are disjoint from
-training rows, so the job costs the larger of the two groups.
-Source: Bun, Steinke 2016; Canonne, Kamath, Steinke 2020 (discrete Gaussian satisfies the same rho); PROTOCOL Accounting.
+Guarantee: what a plan's releases tell about one enterprise's records at the banks is (epsilon, delta)-DP, against
+whoever sees the noised sums, if each release happens as often as planned, with at least its standard deviation.
+Adjacency (unit of privacy): one enterprise's v and bank fields are zeroed out; who takes part is known from alignment.
+|v| <= 1. NOT covered: the feature owners' features (forward noise is a heuristic, the final score is exact).
+Formula: one release of L2 sensitivity D with noise of standard deviation s is rho-zCDP, rho = D^2 / (2 s^2); rho adds
+up over releases, rounds and attempts; over disjoint groups of enterprises (training, held-out) the largest counts.
+epsilon(rho, delta) = min over orders a of a rho + log((a-1)/a) - (log delta + log a)/(a-1), by `dp-accounting`.
+Source: Bun, Steinke 2016 (zCDP); Mironov 2017, Canonne, Kamath, Steinke 2020 (conversion); dp-accounting 0.6.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
-import dp_accounting
-from dp_accounting import rdp
+import numpy as np
+from dp_accounting import ComposedDpEvent, SelfComposedDpEvent, ZCDpEvent
+from dp_accounting.rdp import RdpAccountant
 
 from privacy.errors import Refused
+from privacy.noise import LEAST_SHARE_STD
 
-Group = Literal["training", "held-out"]
+Group = Literal["train", "held-out"]
 
-WEIGHTS = {"sums": 0.75, "bins": 0.10, "search": 0.15}
-"""How the budget of the training rows is split between the kinds of release."""
+GROUPS: tuple[Group, ...] = ("train", "held-out")
+
+BIN_LEVELS = 3
+"""Rounds of shared bin counts, each charged; all of one standard deviation."""
+
+SUMS_WEIGHT, BINS_WEIGHT, SEARCH_WEIGHT = 0.75, 0.10, 0.15
+"""Shares of the training budget. The sums of v make the model, so they get most; the bins need only rough counts, and
+the line search is a few scalars. The same in every job: a contract sets epsilon only."""
+
+_ORDERS = 1 + np.geomspace(1e-2, 1e6, 800)  # the best order is about 1 + sqrt(log(1/delta) / rho)
+_WEIGHT_SLACK = 1e-9
+_BISECTIONS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """`count` releases of vectors with this L2 sensitivity; `weight`: their part of the group's rho, together."""
+    """One kind of release, `count` times with the same noise.
+
+    `l2_sensitivity`: most that one enterprise changes it by, in the release's own units. `weight`: its part of its
+    group's rho, for all `count` times together. `least_std`: floor of its standard deviation (the plan then spends
+    less).
+    """
 
     name: str
-    l2: float
+    l2_sensitivity: float
     count: int
     weight: float
-    group: Group = "training"
+    group: Group = "train"
+    least_std: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (self.l2 > 0 and self.count >= 1 and self.weight > 0):
+        if not self.name:
+            raise Refused("a release without a name cannot be charged; name it")
+        if not (math.isfinite(self.l2_sensitivity) and self.l2_sensitivity > 0):
             raise Refused(
-                f"release {self.name}: l2={self.l2}, count={self.count}, weight={self.weight} must be positive"
+                f"release {self.name!r}: L2 sensitivity {self.l2_sensitivity} is not finite and above 0; clip its rows"
+            )
+        if self.count < 1:
+            raise Refused(f"release {self.name!r}: planned {self.count} times; give 1 or more, or leave it out")
+        if not 0 < self.weight <= 1:
+            raise Refused(
+                f"release {self.name!r}: weight {self.weight} is outside (0, 1]; every release must be paid for"
+            )
+        if self.group not in GROUPS:
+            raise Refused(f"release {self.name!r}: group {self.group!r} is neither 'train' nor 'held-out'")
+        if not (math.isfinite(self.least_std) and self.least_std >= 0):
+            raise Refused(
+                f"release {self.name!r}: least standard deviation {self.least_std}; give a finite one, 0 or more"
             )
 
 
-def epsilon_of_rho(rho: float, delta: float) -> float:
-    """The epsilon of rho-zCDP at delta, by the RDP accountant of `dp-accounting`."""
-    accountant = rdp.RdpAccountant()
-    accountant.compose(dp_accounting.ZCDpEvent(rho))
-    return float(accountant.get_epsilon(delta))
-
-
-def rho_of_epsilon(epsilon: float, delta: float) -> float:
-    """The largest rho (to 10 digits) whose epsilon at delta does not exceed `epsilon`; never rounded up."""
-    if not (math.isfinite(epsilon) and epsilon > 0 and 0 < delta < 1):
-        raise Refused(f"epsilon={epsilon}, delta={delta}: epsilon must be positive and delta between 0 and 1")
-    low, high = 0.0, 1.0
-    while epsilon_of_rho(high, delta) <= epsilon:
-        low, high = high, 2 * high
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if epsilon_of_rho(middle, delta) <= epsilon else (low, middle)
-    if low <= 0:
-        raise Refused(f"epsilon={epsilon} at delta={delta} leaves no budget; raise epsilon")
-    return low
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The noise of every release of a job. `stds` are totals over banks that nobody may fall below."""
+    """The noise of every release of a job. `stds`: by release name, in its units, of the noise that must remain after
+    colluding banks took theirs off. `extra`: attempts beyond the planned counts, each charged again."""
 
     epsilon: float
     delta: float
+    rho_total: float
     releases: tuple[Release, ...]
-    rho: float
+    stds: Mapping[str, float]
+    extra: Mapping[str, int] = field(default_factory=dict)
 
-    @cached_property
-    def stds(self) -> Mapping[str, float]:
-        """Standard deviation by release name, in the units of its sensitivity."""
-        return {release.name: release.l2 / math.sqrt(2 * self._rho_each(release)) for release in self.releases}
+    def __post_init__(self) -> None:
+        names = [release.name for release in self.releases]
+        if set(self.stds) != set(names) or not all(math.isfinite(std) and std > 0 for std in self.stds.values()):
+            raise Refused(
+                f"a plan needs one finite standard deviation above 0 for each of {names}, got {dict(self.stds)}"
+            )
+        _check_attempts(self.extra, names)
 
-    def _rho_each(self, release: Release) -> float:
-        group = sum(other.weight for other in self.releases if other.group == release.group)
-        return self.rho * release.weight / group / release.count
+    def rho(self, name: str) -> float:
+        """zCDP of performing the release `name` once."""
+        release = next((release for release in self.releases if release.name == name), None)
+        if release is None:
+            raise Refused(f"release {name!r} is not in the plan; nothing may be released that was not planned")
+        return (release.l2_sensitivity / self.stds[name]) ** 2 / 2
 
-    def rho_spent(self, extra_attempts: Mapping[str, int] | None = None) -> float:
-        """rho of the job from the standard deviations themselves; an extra attempt of a release costs it once more."""
-        extra = extra_attempts or {}
-        unknown = set(extra) - {release.name for release in self.releases}
-        if unknown:
-            raise Refused(f"attempts of {sorted(unknown)}, which are no releases of this plan")
-        groups: dict[str, float] = {}
-        for release in self.releases:
-            times = release.count + extra.get(release.name, 0)
-            cost = times * release.l2**2 / (2 * self.stds[release.name] ** 2)
-            groups[release.group] = groups.get(release.group, 0.0) + cost
-        return max(groups.values())
+    def group_rho(self, group: Group) -> float:
+        """zCDP of everything that is released about the enterprises of a group, extra attempts included."""
+        return math.fsum(
+            (release.count + self.extra.get(release.name, 0)) * self.rho(release.name)
+            for release in self.releases
+            if release.group == group
+        )
 
-    def epsilon_spent(self, extra_attempts: Mapping[str, int] | None = None) -> float:
-        return epsilon_of_rho(self.rho_spent(extra_attempts), self.delta)
+    @property
+    def job_rho(self) -> float:
+        """What every bank's ledger pays: the largest group's rho, for nobody is in two groups."""
+        return max(self.group_rho(group) for group in GROUPS)
+
+    def events(self, group: Group) -> Any:
+        """Everything that is released about the enterprises of a group, as a dp_accounting event."""
+        return ComposedDpEvent(
+            [
+                SelfComposedDpEvent(ZCDpEvent(self.rho(release.name)), release.count + self.extra.get(release.name, 0))
+                for release in self.releases
+                if release.group == group
+            ]
+        )
+
+
+def default_delta(rows: int) -> float:
+    """1 / (10 n), n the training rows of all banks: under one expected catastrophic failure in ten such jobs."""
+    if rows < 1:
+        raise Refused(f"delta for {rows} training rows; at least 1 is needed")
+    return 1 / (10 * rows)
+
+
+def epsilon_of(events: Any, delta: float) -> float:
+    """epsilon of a dp_accounting event at `delta`, by the RDP accountant (an upper bound)."""
+    if not 0 < delta < 1:
+        raise Refused(f"delta {delta} is outside (0, 1); the default is 1 / (10 n)")
+    return float(RdpAccountant(_ORDERS).compose(events).get_epsilon(delta))
+
+
+def rho_of(epsilon: float, delta: float) -> float:
+    """The largest rho (to 1e-9 of it) whose epsilon at `delta` is at most `epsilon`; inverse of `epsilon_of`."""
+    if not (math.isfinite(epsilon) and epsilon > 0):
+        raise Refused(f"epsilon {epsilon} cannot be planned for; it must be finite and above 0")
+    low, high = 0.0, epsilon
+    while epsilon_of(ZCDpEvent(high), delta) <= epsilon:
+        low, high = high, 2 * high
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        if epsilon_of(ZCDpEvent(middle), delta) <= epsilon:
+            low = middle
+        else:
+            high = middle
+        if high - low <= 1e-12 * high:
+            break
+    # a last part in 10^9 given away, so that rounding in the composition cannot pass the promise
+    rho = low * (1 - 1e-9)
+    if rho <= 0:
+        raise Refused(f"no noise reaches epsilon {epsilon} at delta {delta}; raise epsilon or delta")
+    return rho
 
 
 def plan_job(epsilon: float, delta: float, releases: Sequence[Release]) -> Plan:
-    """Standard deviations such that all releases together stay within (epsilon, delta); checked, else `Refused`."""
+    """Split the rho of (epsilon, delta) over the releases by weight, each group by itself; std = D / sqrt(2 rho_i).
+
+    The composed epsilon is computed again from the resulting standard deviations; above the promise is `Refused`.
+    """
     names = [release.name for release in releases]
-    if not releases or len(set(names)) != len(names):
-        raise Refused(f"a plan needs releases with different names, got {names}")
-    # a hair below, so that the recomputation from rounded deviations cannot exceed epsilon
-    plan = Plan(epsilon, delta, tuple(releases), rho_of_epsilon(epsilon, delta) * (1 - 1e-9))
-    if plan.epsilon_spent() > epsilon:
-        raise Refused(f"the plan spends epsilon {plan.epsilon_spent()}, more than {epsilon}")
+    if not names or len(set(names)) != len(names):
+        raise Refused(f"a plan needs releases with distinct names, got {names}")
+    for group in GROUPS:
+        weight = math.fsum(release.weight for release in releases if release.group == group)
+        if weight > 1 + _WEIGHT_SLACK:
+            raise Refused(f"the weights of the {group} releases add up to {weight}, more than 1; lower them")
+    rho_total = rho_of(epsilon, delta)
+    stds = {
+        release.name: max(
+            release.least_std,
+            release.l2_sensitivity / math.sqrt(2 * rho_total * release.weight / (1 + _WEIGHT_SLACK) / release.count),
+        )
+        for release in releases
+    }
+    plan = Plan(epsilon=epsilon, delta=delta, rho_total=rho_total, releases=tuple(releases), stds=stds)
+    reached = epsilon_after(plan, {})
+    if reached > epsilon:
+        raise Refused(f"the planned noise composes to epsilon {reached}, promised is {epsilon}; this plan is not used")
     return plan
+
+
+def spend(plan: Plan, name: str) -> Plan:
+    """The plan after one more attempt of release `name`: charged again, with the same noise. Nothing is refunded."""
+    plan.rho(name)
+    return replace(plan, extra={**plan.extra, name: plan.extra.get(name, 0) + 1})
+
+
+def epsilon_after(plan: Plan, attempts: Mapping[str, int]) -> float:
+    """epsilon of the plan when `attempts` more attempts (release name -> number) are added to those it has."""
+    _check_attempts(attempts, plan.stds)
+    extra = {name: plan.extra.get(name, 0) + attempts.get(name, 0) for name in plan.stds}
+    charged = replace(plan, extra=extra)
+    groups = {release.group for release in plan.releases}
+    # disjoint enterprises: nobody is in both groups, so nobody pays for both
+    return max(epsilon_of(charged.events(group), plan.delta) for group in groups)
 
 
 def scorecard_releases(
@@ -117,29 +210,64 @@ def scorecard_releases(
     features_bank: int,
     features_owners: Mapping[str, int],
     rounds: int,
-    levels: int,
     inner_steps: int,
     search_sensitivities: Sequence[tuple[float, float]],
+    bin_levels: int = BIN_LEVELS,
+    honest_banks: int = 2,
 ) -> tuple[Release, ...]:
-    """Every release of the main job (PROTOCOL, Accounting).
+    """Everything the main job releases about the banks' records (derivations: docs/privacy-accounting.md).
 
-    "bins": `levels` releases of the bank columns' counts, the number of defaults among them: L2 = sqrt(F_bank + 1).
-    "sums": per round all S_o and S_bank together, |v| <= 1 and one bin per feature: L2 = sqrt(sum F_o + F_bank).
-    "search.t.gradient", ".curvature": per round `inner_steps` times, sensitivities in the integer units given.
-    "histogram": held-out rows, disjoint: L2 = 1.
+    "bins": counts of the banks' rows per cell, per level, base rate included; one row is in one cell per feature.
+    "sums": S of the bank tower and of every owner, per round, one std in units of v (-1..1) for all of them jointly.
+    "search.<round>.gradient", "search.<round>.curvature": per inner step, `search_sensitivities[round - 1]` are their
+    L2 sensitivities, in whose units the stds are.
+    "histogram": one count per held-out row; disjoint from the training rows, so in parallel.
+    `honest_banks`: banks whose noise shares remain (n - c); each share of a count must stay a discrete Gaussian.
     """
+    if features_bank < 1 or not features_owners or min(features_owners.values()) < 1:
+        raise Refused(f"{features_bank} bank features and owners' {dict(features_owners)}; every party needs 1 or more")
+    if rounds < 1 or inner_steps < 1 or bin_levels < 1 or honest_banks < 1:
+        raise Refused(
+            f"{rounds} rounds, {inner_steps} inner steps, {bin_levels} bin levels, {honest_banks} honest banks; each "
+            "must be 1 or more"
+        )
     if len(search_sensitivities) != rounds:
-        raise Refused(f"{len(search_sensitivities)} search sensitivities for {rounds} rounds; one pair per round")
-    features = features_bank + sum(features_owners.values())
-    half = WEIGHTS["search"] / (2 * rounds)
-    search = [
-        Release(name=f"search.{number}.{part}", l2=l2, count=inner_steps, weight=half)
-        for number, pair in enumerate(search_sensitivities, 1)
-        for part, l2 in zip(("gradient", "curvature"), pair, strict=True)
+        raise Refused(f"{len(search_sensitivities)} line-search sensitivities for {rounds} rounds; give one per round")
+    least_count_std = LEAST_SHARE_STD * math.sqrt(honest_banks)
+    releases = [
+        Release(
+            name="bins",
+            l2_sensitivity=math.sqrt(features_bank + 1),
+            count=bin_levels,
+            weight=BINS_WEIGHT,
+            least_std=least_count_std,
+        ),
+        Release(
+            name="sums",
+            l2_sensitivity=math.sqrt(sum(features_owners.values()) + features_bank),
+            count=rounds,
+            weight=SUMS_WEIGHT,
+        ),
     ]
-    return (
-        Release(name="bins", l2=math.sqrt(features_bank + 1), count=levels, weight=WEIGHTS["bins"]),
-        Release(name="sums", l2=math.sqrt(features), count=rounds, weight=WEIGHTS["sums"]),
-        *search,
-        Release(name="histogram", l2=1.0, count=1, weight=1.0, group="held-out"),
+    for number, (gradient, curvature) in enumerate(search_sensitivities, start=1):
+        for part, sensitivity in (("gradient", gradient), ("curvature", curvature)):
+            releases.append(
+                Release(
+                    name=f"search.{number}.{part}",
+                    l2_sensitivity=sensitivity,
+                    count=inner_steps,
+                    weight=SEARCH_WEIGHT / (2 * rounds),
+                )
+            )
+    releases.append(
+        Release(name="histogram", l2_sensitivity=1.0, count=1, weight=1.0, group="held-out", least_std=least_count_std)
     )
+    return tuple(releases)
+
+
+def _check_attempts(attempts: Mapping[str, int], names: Sequence[str] | Mapping[str, float]) -> None:
+    for name, number in attempts.items():
+        if name not in names:
+            raise Refused(f"release {name!r} is not in the plan; nothing may be released that was not planned")
+        if number < 0:
+            raise Refused(f"release {name!r}: {number} extra attempts; what was released cannot be refunded")

@@ -135,7 +135,7 @@ def pairwise_mask(
     modulus_bits: int,
     alone_is_visible: bool = False,
 ) -> UInt64:
-    """My mask of one sum: uint64[length] in [0, 2^modulus_bits). All participants' masks add up to 0 mod 2^modulus_bits.
+    """My mask of one sum: uint64[length] in [0, 2^modulus_bits). All participants' masks add up to 0 modulo that.
 
     `peers`: job keys of exactly the other participants. One participant alone has no mask: zeros if the caller says
     `alone_is_visible=True` (the receiver sees the vector itself), else `Refused`.

@@ -63,8 +63,8 @@ def discrete_gaussian(std: float, size: int) -> Int64:
 def share_std(total_std: float, banks: int, colluding: int) -> float:
     """One bank's share of noise: total_std / sqrt(banks - colluding), in the units of `total_std`.
 
-    Whatever `colluding` banks subtract of their own, the others' shares still make `total_std`. All shares together make
-    more: share * sqrt(banks).
+    Whatever `colluding` banks subtract of their own, the others' shares still make `total_std`. All shares together
+    make more: share * sqrt(banks).
     """
     if not (math.isfinite(total_std) and total_std > 0):
         raise Refused(f"noise of standard deviation {total_std} cannot be shared; it must be finite and above 0")
@@ -99,8 +99,8 @@ class SystemNoise:
             known_std, noise = self._drawn[tag]
             if (known_std, len(noise)) != (std, size):
                 raise Refused(
-                    f"noise {tag!r} was drawn for {len(noise)} values with std {known_std:g}, now asked for {size} with "
-                    f"{std:g}; another release needs another tag"
+                    f"noise {tag!r} was drawn for {len(noise)} values with std {known_std:g}, now asked for {size} "
+                    f"with {std:g}; another release needs another tag"
                 )
             return noise.copy()
         if not std >= LEAST_SHARE_STD:
@@ -151,7 +151,8 @@ def forward_noise(secret: bytes, tag: str, rows: int, std: int) -> Int64:
     # 52 bits and not 53: (u + 1/2) / 2^52 is exact and never 1, whose quantile would be infinite
     uniforms = (stream(key, rows) >> np.uint64(64 - _UNIFORM_BITS)).astype(np.float64)
     quantiles = ndtri((uniforms + 0.5) / 2.0**_UNIFORM_BITS)
-    return np.rint(quantiles * std).astype(np.int64)
+    noise: Int64 = np.rint(quantiles * std).astype(np.int64)
+    return noise
 
 
 class ForwardNoise(Protocol):

@@ -137,7 +137,7 @@ class JobKeys:
             shared = self._key.exchange(X25519PublicKey.from_public_bytes(peer_public))
         except (ValueError, TypeError):
             raise Refused(
-                "a peer's job key is malformed or of small order (its shared secret would be known to all); stop the job"
+                "a peer's job key is malformed or of small order: anybody could know the shared secret; stop the job"
             ) from None
         # both public keys are bound as well: X25519 alone lets different points lead to one secret
         keys = sorted((self.public, peer_public))

@@ -26,7 +26,7 @@ from fl_server.coordinator import STEP_TIMEOUT_S, Coordinator, JobStoppedError, 
 from fl_server.server_app import server_app
 from models.scorecard import ScorecardSettings
 from privacy.identity import SigningIdentity
-from privacy.noise import RecordedNoise, SystemNoise
+from privacy.noise import KeyedForwardNoise, RecordedForwardNoise, RecordedNoise, SystemNoise
 from simulations.alignment import align
 from simulations.federation_folder import Federation
 from simulations.memory_grid import MemoryGrid
@@ -45,6 +45,7 @@ class Parties:
     banks: dict[str, Bank]
     owners: dict[str, FeatureOwner]
     noise: RecordedNoise
+    forward_noise: RecordedForwardNoise
 
 
 def make_contract(
@@ -109,18 +110,24 @@ def make_parties(
     contract = make_contract(federation, settings, privacy, identities, coordinator, least_banks)
     bank_data, owner_data = align(federation)
     noise = RecordedNoise(SystemNoise())
-    banks = {
-        name: Bank(name=name, contract=contract, data=data, noise=noise) for name, data in bank_data.items()
-    }
+    forward_noise = RecordedForwardNoise(KeyedForwardNoise(os.urandom(32)))
+    banks = {name: Bank(name=name, contract=contract, data=data, noise=noise) for name, data in bank_data.items()}
     owners = {
-        name: FeatureOwner(name=name, contract=contract, data=data, noise=noise) for name, data in owner_data.items()
+        name: FeatureOwner(name=name, contract=contract, data=data, noise=forward_noise)
+        for name, data in owner_data.items()
     }
     vaults = {
         name: Vault(party=name, contract=contract, identity=identities[name], role=role)
         for name, role in {**banks, **owners}.items()
     }
     return Parties(
-        contract=contract, coordinator=coordinator, vaults=vaults, banks=banks, owners=owners, noise=noise
+        contract=contract,
+        coordinator=coordinator,
+        vaults=vaults,
+        banks=banks,
+        owners=owners,
+        noise=noise,
+        forward_noise=forward_noise,
     )
 
 
@@ -181,16 +188,13 @@ def noise_totals(parties: Parties, outcome: Outcome) -> dict[str, Int64]:
     last = {step.step: step for step in outcome.steps}
     totals: dict[str, Int64] = {}
     for tag, drawn in parties.noise.tape.items():
-        if tag.startswith("forward/"):
-            totals[tag] = drawn
-            continue
         _, release, attempt, bank = tag.split("/", 3)
         name, part = _twin_tag(release)
         step = last[_step_of(release)]
         if int(attempt) == step.attempt and bank in step.participants:
             key = f"{name}#{part}"
             totals[key] = totals.get(key, np.zeros(len(drawn), np.int64)) + drawn
-    joined: dict[str, Int64] = {}
+    joined = dict(parties.forward_noise.tape)
     for key in sorted(totals):
         name = key.split("#")[0]
         joined[name] = np.concatenate([joined[name], totals[key]]) if name in joined else totals[key]

@@ -4,6 +4,7 @@ A ClientApp that raises makes an error reply, as a dead SuperNode does in a depl
 string that passes the coordinator, for tests of what it can see.
 """
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from fl_clients.courier import from_record
+
+LOGGER = logging.getLogger(__name__)
 
 CLIENT_APP_RAISED = 2  # Flower's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
@@ -70,6 +73,7 @@ class MemoryGrid(Grid):
             try:
                 reply = self._app(message=message, context=self._contexts[message.metadata.dst_node_id])
             except Exception as error:
+                LOGGER.warning("node %s died", message.metadata.dst_node_id, exc_info=True)
                 reply = Message(Error(CLIENT_APP_RAISED, type(error).__name__), reply_to=message)
             self._record(reply)
             self._replies[identifier] = reply

@@ -192,7 +192,9 @@ def run_twin(
         directions = [apply(bank.cells, bank_direction), owner_sum]
         scales = [
             spread_bound(bank.tower, bank_counts, bank_direction, n),
-            line_search.owner_scale([spread(owner_cross[name], owner_directions[name], n) for name in owners]),
+            line_search.owner_scale(
+                [spread(owner_cross[name], owner_directions[name], n) for name in owners], settings.forward_noise
+            ),
         ]
         if previous is not None:
             directions.append(previous[0])

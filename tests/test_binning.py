@@ -24,7 +24,9 @@ from models.errors import DataError
 
 LAW = settings(derandomize=True, deadline=None, max_examples=60)
 numbers = st.one_of(
-    st.integers(-20, 20).map(float), st.floats(-1e6, 1e6, allow_subnormal=False), st.sampled_from([0.0, float("nan"), -7.0])
+    st.integers(-20, 20).map(float),
+    st.floats(-1e6, 1e6, allow_subnormal=False),
+    st.sampled_from([0.0, float("nan"), -7.0]),
 )
 columns = st.lists(numbers, min_size=1, max_size=200).map(lambda xs: np.array(xs, dtype=np.float64))
 
@@ -78,6 +80,14 @@ def test_atoms_have_their_own_bins_and_labels() -> None:
     assert (atom, atom + 1) not in bins.neighbours
     assert labels[atom + 1].startswith("(0, ")
     assert labels[-1] == "missing"
+
+
+def test_neighbouring_atoms_leave_no_empty_bin_between() -> None:
+    column = np.repeat(np.arange(40.0), [100, 90, 80, 70, *[3] * 36])
+    bins = fit_numeric("x", *value_counts(column), 10)
+    assert bins.atoms == (0, 1, 2, 3)
+    assert bins.labels()[:5] == ("< 1", "[1, 2)", "[2, 3)", "= 3", "(3, 9)")
+    assert local_counts(bins, column)[:-1].min() > 0
 
 
 def test_quantile_bins_have_equal_mass() -> None:
@@ -150,9 +160,7 @@ def test_categories_rare_unknown_and_missing() -> None:
 
 def tower(has_no_file: bool = True) -> Tower:
     x = FeatureBins(name="x", kind="numeric", edges=(0.0, 1.0), codes=(-7.0,))
-    return Tower(
-        features=(x, FeatureBins(name="job", kind="categorical", categories=("a",))), has_no_file=has_no_file
-    )
+    return Tower(features=(x, FeatureBins(name="job", kind="categorical", categories=("a",))), has_no_file=has_no_file)
 
 
 def test_cells_of_a_tower() -> None:

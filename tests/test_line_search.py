@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -42,7 +43,15 @@ def loss(score: Int64, label: Int8) -> float:
     return float((np.logaddexp(0, z) - label * z).mean())
 
 
-def search(directions: list[Int64], scales: list[int], score: Int64, label: Int8, steps: int, noise: tuple = (0.0, 0.0), seed: int = 0):  # type: ignore[no-untyped-def,type-arg]  # noqa: E501
+def search(
+    directions: list[Int64],
+    scales: list[int],
+    score: Int64,
+    label: Int8,
+    steps: int,
+    noise: tuple = (0.0, 0.0),
+    seed: int = 0,
+):  # type: ignore[no-untyped-def,type-arg]
     rng = np.random.default_rng(seed)
     rows = ls.design(directions, scales)
     k = rows.shape[1]
@@ -63,7 +72,7 @@ def test_every_inner_step_lowers_the_loss_also_on_rare_defaults(rate: float) -> 
     for seed in range(3):
         directions, scales, score, label = case(20_000, rate, seed)
         _, trail = search(directions, scales, score, label, ls.INNER_STEPS)
-        assert all(after < before for before, after in zip(trail, trail[1:], strict=False))
+        assert all(after < before for before, after in pairwise(trail))
         _, best = search(directions, scales, score, label, 60)
         gained = (trail[0] - trail[-1]) / (trail[0] - best[-1])
         assert gained > 0.9, (rate, seed, gained)
@@ -83,9 +92,13 @@ def test_it_converges_to_the_optimum_of_the_rows() -> None:
 
 def test_a_constant_direction_and_a_zero_direction_do_no_harm() -> None:
     directions, scales, score, label = case(5000, 0.1, 1)
-    for extra, scale in ((np.full(5000, 2**17), 2**17 + 1), (np.zeros(5000, dtype=np.int64), 1), (directions[0], scales[0])):
+    for extra, scale in (
+        (np.full(5000, 2**17), 2**17 + 1),
+        (np.zeros(5000, dtype=np.int64), 1),
+        (directions[0], scales[0]),
+    ):
         _, trail = search([*directions, extra], [*scales, scale], score, label, ls.INNER_STEPS)
-        assert all(after < before for before, after in zip(trail, trail[1:], strict=False))
+        assert all(after < before for before, after in pairwise(trail))
 
 
 def test_large_noise_shortens_the_step_instead_of_breaking_it() -> None:
@@ -135,7 +148,7 @@ def test_sensitivities_are_attained_and_sums_fit_46_bits() -> None:
 
 
 def test_the_score_advances_by_rounded_step_sizes_and_unclipped_directions() -> None:
-    directions, scales, score, label = case(300, 0.3, 2)
+    directions, scales, score, _ = case(300, 0.3, 2)
     steps = ls.alphas((0.7, -0.2, 0.1), scales)
     expected = score + round_shift(directions[0] * steps[0], 24) + round_shift(directions[1] * steps[1], 24) + steps[2]
     assert (ls.advance(score, directions, steps) == expected).all()
@@ -148,6 +161,8 @@ def test_the_score_advances_by_rounded_step_sizes_and_unclipped_directions() -> 
 @given(st.lists(st.integers(1, 2**30), min_size=1, max_size=5))
 def test_scales(spreads: list[int]) -> None:
     assert ls.owner_scale(spreads) == max(1, math.isqrt(2 * sum(spreads) ** 2))
+    assert ls.owner_scale(spreads, 0.0) == sum(spreads)
+    assert abs(ls.owner_scale(spreads, 2.0) - math.sqrt(5) * sum(spreads)) <= 1 + 1e-6 * sum(spreads)
     assert ls.previous_scale((2**24, -(2**23), 99), (10, 20)) == 20
     assert ls.previous_scale((0, 0, 99), (10, 20)) == 1
 
@@ -168,6 +183,8 @@ def test_malformed_input_is_refused() -> None:
         ls.moments(np.zeros((2**20 + 1, 1), dtype=np.int64), zeros, np.zeros(9, dtype=np.int8))
     with pytest.raises(DataError, match="moments for 2"):
         ls.update((0.0, 0.0), zeros, 5)
+    with pytest.raises(DataError, match="rows_total"):
+        ls.update((0.0, 0.0, 0.0), zeros, 2**20 + 1)
     with pytest.raises(DataError, match="diverged"):
         ls.alphas((0.0, 65.0), (1,))
     with pytest.raises(DataError, match="coordinates"):
