@@ -21,7 +21,7 @@ from models import line_search, scorecard
 from models.binning import Tower, cells
 from models.fixed_point import CURVATURE_BITS, RESIDUAL_BITS, logit_of_rate, residual
 from models.score_histogram import ScoreHistogram
-from models.shared_bins import LEVELS, SharedBinning, fit_shared, level_counts, level_size, with_level
+from models.shared_bins import SharedBinning, fit_shared, level_counts, level_size, with_level
 from privacy import blind_aggregate, blind_sum, secure_sum
 from privacy.errors import Refused
 from privacy.masks import pairwise_mask
@@ -69,7 +69,7 @@ class Bank:
         self._tower: Tower | None = None
         self._cells: npt.NDArray[np.int32] | None = None
         self._factor: npt.NDArray[np.float64] | None = None
-        self._bin_counts: Int64 | None = None
+        self._bin_counts: Int64 = np.zeros(0, np.int64)
         self._weights: Int64 = np.zeros(0, np.int64)
         self._step: Int64 = np.zeros(0, np.int64)
         self._intercept = 0
@@ -124,7 +124,7 @@ class Bank:
         """Forget keys and rows; the model stays."""
         self._bank_key = None
         self._consortium = None
-        del self._session, self._data, self._cells, self._score, self._directions
+        del self._session, self._data, self._cells, self._score, self._directions, self._noise
 
     # --- opening the job -------------------------------------------------------------------------------------------
 
@@ -170,7 +170,7 @@ class Bank:
     def _summand(
         self, step: Step, request: Request, values: Int64, largest: int, stds: Sequence[tuple[int, float]] = ()
     ) -> bytes:
-        """Noise share, pairwise masks, encryption. `stds`: (count, total std) by part; `largest` bounds the exact sum."""
+        """Noise share, pairwise masks, encryption. `stds`: (count, total std) by part; `largest`: exact bound."""
         session = self._session
         banks = request.participants
         noised = values.astype(np.int64)
@@ -190,6 +190,11 @@ class Bank:
         packed = secure_sum.pack(noised, largest, parameters)
         self._pending = _Pending(step=step.name, length=len(values), largest=largest)
         return self._key().encrypt((packed + mask) & np.uint64(parameters.mask))
+
+    def _own_key(self) -> blind_aggregate.BankKey:
+        if self._bank_key is None:
+            raise Refused("no key of this job yet")
+        return self._bank_key
 
     def _key(self) -> ConsortiumKey:
         if self._consortium is None:
@@ -241,7 +246,8 @@ class Bank:
 
     def _confirm(self, request: Request) -> None:
         """Every other bank must have opened what this one opened; else somebody was lied to."""
-        assert self._opened is not None
+        if self._opened is None:
+            raise Refused("nothing was opened that others could confirm")
         step, digest = self._opened
         for bank in request.participants:
             if bank == self._name:
@@ -316,7 +322,6 @@ class Bank:
             cross = scorecard.from_upper(total, self._fitted()[0].rows)
         else:
             self._fit(total)
-            assert self._bin_counts is not None
             cross = scorecard.diagonal_blocks(self._fitted()[0], self._bin_counts)
         base_rate = Fraction(self._binning().positives, roster.training_rows)
         self._factor = scorecard.preconditioner(
@@ -338,14 +343,10 @@ class Bank:
         values = residual(self._score, self._data.training.label)
         tower, own = self._fitted()
         packing = self._packing()
-        assert self._bank_key is not None
-        encrypted = self._bank_key.encrypt(values, packing)
+        encrypted = self._own_key().encrypt(values, packing)
         posts = [session.post(request, "owners", {"residual": encrypted, "rows_per_ciphertext": packing})]
-        news: dict[str, object]
-        if step.round_number == 1:
-            news = {"positives": self._binning().positives}
-        else:
-            news = {"alphas": list(self._alphas)}
+        first = step.round_number == 1
+        news: dict[str, object] = {"positives": self._binning().positives} if first else {"alphas": list(self._alphas)}
         letters = [session.letter(request, owner, news) for owner in owners]
         own_sums = scorecard.gather(own, values, tower.rows)
         std = session.roster.std("sums") * (1 << RESIDUAL_BITS)
@@ -367,7 +368,7 @@ class Bank:
         aggregate = Step(kind=StepKind.AGGREGATE, round_number=step.round_number)
         contents = session.letters(request, aggregate, self._owner_bins, same_exchange=True)
         letters = []
-        assert self._bank_key is not None
+        key = self._own_key()
         for owner, bins in self._owner_bins.items():
             layout = blind_aggregate.Layout(
                 samples=len(self._data.training.label),
@@ -375,7 +376,7 @@ class Bank:
                 rows_per_ciphertext=self._packing(),
                 degree=parameters.degree,
             )
-            answer = self._bank_key.open(contents[owner]["product"], layout)
+            answer = key.open(contents[owner]["product"], layout)
             std = session.roster.std("sums") * (1 << RESIDUAL_BITS)
             if std:
                 share = session.roster.share(std, len(request.participants))
@@ -420,7 +421,7 @@ class Bank:
         summed = blind_sum.open_sum(shares, rows + 1)
         owners_direction, owners_spread = summed[:-1], int(summed[-1])
         tower, own = self._fitted()
-        if self._factor is None or self._bin_counts is None:
+        if self._factor is None:
             raise Refused("the bank tower has no preconditioner yet")
         self._direction = scorecard.direction(
             self._factor, own_sums, self._weights, tower, self._contract.settings.penalty

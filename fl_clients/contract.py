@@ -1,4 +1,4 @@
-"""The contract of a job: who takes part, with which columns, which model, which privacy. Its hash is bound into every seal.
+"""The contract of a job: who takes part, with which columns, model and privacy. Its hash is bound into every seal.
 
 Stand-in until institutions countersign it: a local file that every party is given; its canonical JSON is hashed, and a
 party whose file differs by one byte can open nothing of the others. Outside simulation a contract without epsilon is
@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from models.binning import ColumnSpec
 from models.scorecard import ScorecardSettings
 from privacy.errors import Refused
+from privacy.noise import default_colluding
 
 Role = Literal["bank", "pboc", "public_credit"]
 
@@ -65,7 +66,7 @@ class PrivacyTerms(_Frozen):
     delta: float | None = Field(default=None, gt=0, lt=1)
     """None: 1 / (10 n), n the training rows of all banks."""
     colluding_banks: int | None = Field(default=None, ge=0)
-    """Banks that may subtract their own noise shares; None: all but two."""
+    """Banks that may subtract their own noise shares: at least the one that looks; None: all but two."""
 
 
 class Contract(_Frozen):
@@ -101,6 +102,8 @@ class Contract(_Frozen):
         colluding = self.privacy.colluding_banks
         if colluding is not None and colluding >= len(self.banks):
             raise ValueError(f"colluding_banks={colluding} of {len(self.banks)} banks; at least one must be honest")
+        if colluding == 0 and len(self.banks) > 1:
+            raise ValueError("colluding_banks=0: a bank can always subtract its own noise share; give 1 or more")
         if not self.simulation and self.privacy.epsilon is None:
             raise ValueError("no epsilon: outside simulation exact sums would reveal labels of pure bins; set epsilon")
         return self
@@ -127,7 +130,7 @@ class Contract(_Frozen):
     def colluding(self, banks: int) -> int:
         """How many banks may collude without weakening the noise, among `banks` participants."""
         wanted = self.privacy.colluding_banks
-        return max(0, banks - 2) if wanted is None else min(wanted, banks - 1)
+        return default_colluding(banks) if wanted is None else min(wanted, banks - 1)
 
     def canonical(self) -> bytes:
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")).encode()

@@ -13,6 +13,9 @@ from flwr.clientapp import ClientApp
 
 HANDLE = "/xinyi.Vault/Handle"
 WHO = "/xinyi.Vault/Who"
+SOCKET_FOLDER = "XINYI_VAULTS"
+"""Environment variable: the folder of the vaults' sockets, in a simulation with many nodes on one machine."""
+
 CHANNEL_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 
 Call = Callable[[bytes], bytes]
@@ -48,7 +51,7 @@ def _socket_vault(context: Context) -> tuple[str, Call]:
     """The vault that listens on this node's Unix socket: node config `vault`, or socket number of the partition."""
     address = str(context.node_config.get("vault", ""))
     if not address:
-        folder = Path(os.environ["XINYI_VAULTS"])
+        folder = Path(os.environ[SOCKET_FOLDER])
         address = f"unix:{folder / str(context.node_config['partition-id'])}.sock"
 
     def call(method: str, payload: bytes) -> bytes:

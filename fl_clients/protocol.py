@@ -69,8 +69,9 @@ Exchange = tuple[Scheduled, ...]
 
 
 def schedule(contract: Contract) -> tuple[Exchange, ...]:
-    """Every exchange of a job, in order. With epsilon the cross-tabs are left out: they would be one more release to pay
-    for (PROTOCOL rule 3)."""
+    """Every exchange of a job, in order. With epsilon the cross-tabs are left out: one more release to pay for
+    (PROTOCOL rule 3).
+    """
 
     def single(kind: StepKind, audience: Audience, round_number: int = 0, index: int = 0) -> Exchange:
         return (Scheduled(step=Step(kind=kind, round_number=round_number, index=index), audience=audience),)

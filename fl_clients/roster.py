@@ -1,9 +1,10 @@
 """The roster of a job: every party's announcement, and what follows from it, the same at every party.
 
-Row counts (declared public) and keys, signed by each party's identity, fix the BFV parameters and the noise plan. All of
-it is public; the coordinator computes it too.
+Row counts (declared public) and keys, signed by each party's identity, fix the BFV parameters and the noise plan. All
+of it is public; the coordinator computes it too.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,7 +75,7 @@ class Roster:
 
     def total_std(self, std: float, banks: int) -> float:
         """What all shares make together: more than `std`, for the colluders' shares do not count."""
-        return self.share(std, banks) * banks**0.5
+        return self.share(std, banks) * math.sqrt(banks)
 
     @cached_property
     def noise_stds(self) -> NoiseStds:

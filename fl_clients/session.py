@@ -142,5 +142,5 @@ def _expect(contents: Mapping[str, Any], senders: Iterable[str], step: Step, req
         missing = sorted(wanted - set(contents))
         extra = sorted(set(contents) - wanted)
         raise Refused(
-            f"step {request.step} needs mail of {step.name} from {sorted(wanted)}: missing {missing}, unexpected {extra}"
+            f"step {request.step} needs mail of {step.name} from {sorted(wanted)}: missing {missing}, too many {extra}"
         )

@@ -75,7 +75,7 @@ Watch = Callable[[int, int, str], None]
 
 
 def find_parties(grid: Grid, contract: Contract, wait_s: float = 60.0) -> dict[str, int]:
-    """Node by party name; waits until every party of the contract is there, else `JobStoppedError` names the missing."""
+    """Node by party name; waits until every party is there, else `JobStoppedError` names the missing."""
     wanted = {party.name for party in contract.parties}
     found: dict[str, int] = {}
     deadline = time.monotonic() + wait_s
@@ -225,7 +225,7 @@ class Coordinator:
         for party, data in replies.items():
             bytes_in += len(data)
             reply = self._read(data, party, requests[party])
-            self._count(party, COORDINATOR, len(data), (*reply.letters, *reply.posts))
+            self._count(party, COORDINATOR, len(data))
             self._take(reply, step, summands)
         self._steps.append(
             StepRecord(
@@ -299,15 +299,10 @@ class Coordinator:
         if step.kind is StepKind.CLOSE:
             self._receipts[reply.party] = str(reply.released["model"])
 
-    def _count(self, source: str, target: str, size: int, mail: Iterable[Letter | Post]) -> None:
-        """Bytes by end-to-end pair: a letter counts from its sender to its receiver, the rest to the coordinator."""
-        for item in mail:
-            inner = len(item.sealed) if isinstance(item, Letter) else len(item.content)
+    def _count(self, source: str, target: str, size: int, relayed: Iterable[Letter | Post] = ()) -> None:
+        """Bytes by pair: what was relayed to a party counts from its author, the rest from whom it came on the wire."""
+        for mail in relayed:
+            inner = len(mail.sealed) if isinstance(mail, Letter) else len(mail.content)
             size -= inner
-            other = (
-                (item.receiver if isinstance(item, Letter) else f"all {item.audience}")
-                if target == COORDINATOR
-                else target
-            )
-            self._pairs[(item.sender, other)] += inner
+            self._pairs[(mail.sender, target)] += inner
         self._pairs[(source, target)] += size

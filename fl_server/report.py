@@ -45,12 +45,16 @@ Step = tuple[str, str, int, float, int, int]
 Release = tuple[str, int, float, float]
 """(what is released, times, L2 sensitivity, standard deviation of its noise), both in the units of the release"""
 
+MOST_PAIRS = 12
+"""Lines of the console's table of pairs; the page shows all of them."""
+
 VIEWERS = ("coordinator", "label holder", "feature owner", "others")
 """Columns of the who-saw-what table; each row is a mapping of these and "what" to a text."""
 
 _MODELS = {
     "alone": ("alone", "单独建模", "own rows and own columns only"),
     "label_holder_columns": ("Label holders' own columns", "仅银行自有字段", "all banks' rows, no outside columns"),
+    "label_holder_lr": ("Label holders' own columns, LR", "仅银行自有字段(LR)", "the same by logistic regression"),
     "federated": ("Federated", "联邦模型", "all rows and columns; no row leaves its owner"),
     "pooled_twin": ("Pooled twin", "集中明文孪生", "the same model on one pooled table, in plaintext"),
     "pooled_lr": ("Pooled logistic regression", "集中逻辑回归", "one pooled table, reference only"),
@@ -187,12 +191,13 @@ def steps_table(steps: Sequence[Step]) -> Table:
 
 
 def pairs_table(pairs: Mapping[tuple[str, str], int]) -> Table:
-    """Bytes by sender (rows) and receiver (columns), for the console."""
-    names = _pair_names(pairs)
-    table = _console_table("Bytes by pair", ("from \\ to", *names))
-    for sender in names:
-        cells = [_bytes(pairs[sender, to]) if (sender, to) in pairs else "-" for to in names]
-        table.add_row(_plain(sender), *cells)
+    """Bytes by sender and receiver, largest first, for the console; the smallest pairs share the last line."""
+    table = _console_table("Bytes by pair of parties", ("from", "to", "bytes"), texts=2)
+    ranked = sorted(pairs.items(), key=lambda item: -item[1])
+    for (sender, receiver), count in ranked[:MOST_PAIRS]:
+        table.add_row(_plain(sender), _plain(receiver), _bytes(count))
+    if rest := ranked[MOST_PAIRS:]:
+        table.add_row(f"{len(rest)} more pairs", "", _bytes(sum(count for _, count in rest)))
     return table
 
 
@@ -225,6 +230,8 @@ def _comparison(result: Mapping[str, Any]) -> tuple[_Comparison, ...]:
         # Only "alone" is one value per bank; every other model is one value.
         each = (measured or {}).items() if key == "alone" else [] if measured is None else [("", measured)]
         for bank, value in each:
+            if value is None:  # a bank too small to train alone
+                continue
             matching = (ks.get(key) or {}).get(bank) if key == "alone" else ks.get(key)
             checked = _share(value, f"auc.{key} {bank}".strip())
             rows.append(

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,7 @@ def write_run(folder: Path, files: Mapping[str, str]) -> None:
         raise
 
 
-def outcome_figures(contract: Contract, outcome: Outcome) -> dict[str, object]:
+def outcome_figures(contract: Contract, outcome: Outcome) -> dict[str, Any]:
     """What the coordinator itself knows at the end: figures of the pooled histogram, cost, privacy parameters."""
     histogram = ScoreHistogram.from_vector(np.array(outcome.histogram, dtype=np.int64))
     roster = outcome.roster

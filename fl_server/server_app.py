@@ -13,7 +13,11 @@ from privacy.identity import SigningIdentity
 
 
 def server_app(
-    contract: Contract, identity: SigningIdentity, keep: Callable[[Callable[[], Outcome]], None], watch: Watch, timeout_s: float
+    contract: Contract,
+    identity: SigningIdentity,
+    keep: Callable[[Callable[[], Outcome]], None],
+    watch: Watch,
+    timeout_s: float,
 ) -> ServerApp:
     """A ServerApp that drives one job and hands its run to `keep`."""
     app = ServerApp()

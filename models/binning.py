@@ -149,9 +149,7 @@ def _interval_labels(edges: tuple[float, ...]) -> list[str]:
 
 
 def just_above(x: Float64) -> Float64:
-    """The next double above each value; above zero the smallest normal one, because some libraries flush subnormals
-    to zero.
-    """
+    """The next double above each value; above 0 the least normal one, as some libraries flush subnormals to 0."""
     return np.where(x == 0.0, _TINY, np.nextafter(x, math.inf))
 
 
@@ -232,9 +230,7 @@ def _segments(is_atom: Bool) -> list[tuple[int, int]]:
 
 
 def _share(segments: list[tuple[int, int]], counts: Int64, bins: int) -> list[int]:
-    """Bins per segment: at least one, at most its number of values, the next always to the segment with the fullest
-    bins.
-    """
+    """Bins per segment: one to its number of values; the next always goes to the segment with the fullest bins."""
     mass = [int(counts[a:b].sum()) for a, b in segments]
     pieces = [1] * len(segments)
     for _ in range(bins - len(segments)):
@@ -283,9 +279,7 @@ def fit_categorical(
 
 
 def fit_column(spec: ColumnSpec, column: npt.NDArray[Any], max_bins: int, least_count: int) -> FeatureBins:
-    """Bins of a column that one party holds as a whole (an owner's): fit_numeric or fit_categorical on its exact
-    counts.
-    """
+    """Bins of a column that one party (an owner) holds as a whole, from its exact counts."""
     if spec.kind == "categorical":
         categories, counts = category_list(column)
         return fit_categorical(spec.name, categories, counts, max_bins, least_count)
@@ -297,9 +291,7 @@ def fit_column(spec: ColumnSpec, column: npt.NDArray[Any], max_bins: int, least_
 
 
 def value_counts(column: npt.NDArray[Any]) -> tuple[Float64, Int64]:
-    """Ascending distinct values of a numeric column and their counts, missing left out; infinite values raise
-    DataError.
-    """
+    """Ascending distinct values and their counts, missing left out; DataError on text or infinite values."""
     x = numeric(column)
     values, counts = np.unique(x[~np.isnan(x)] + 0.0, return_counts=True)  # + 0.0 turns -0.0 into 0.0
     return values, counts.astype(np.int64)

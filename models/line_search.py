@@ -1,15 +1,14 @@
 """Step sizes of a round: Newton's method in the space of a few directions, from secure sums of integers.
 
-What it guarantees: a bank's contribution is an integer vector that is clipped per row, so it can be secure-summed
-exactly and its sensitivity is bounded; every bank computes the same step sizes from the same sum, bit for bit (only +
-- * / sqrt and Python integers).
-Formula: x = direction / scale, clipped to +-CLIP; g = sum v x, H = sum q x x'; a <- a + t H^-1 g with t = 2 / (2 +
-M), M = bound of |x . step|.
-2 / (2 + M) <= ln(1 + M) / M, the step that decreases a generalised self-concordant loss (Sun and Tran-Dinh, Math.
-Programming 178 (2019), Theorem 2 and logistic loss with nu = 2). No loss is evaluated: each would be another release.
+What it guarantees: a bank contributes an integer vector, clipped per row, so it can be secure-summed exactly and its
+sensitivity is bounded; every bank gets the same step sizes from the same sum, bit for bit (only + - * / sqrt).
+Formula: x = direction / scale, clipped to +-CLIP; g = sum v x, H = sum q x x'; a <- a + t H^-1 g with t = 2 / (2 + M),
+M a bound of |x . H^-1 g| over rows. 2 / (2 + M) <= ln(1 + M) / M, the step that lowers a generalised self-concordant
+loss (Sun and Tran-Dinh, Mathematical Programming 178 (2019), Theorem 2; logistic loss: nu = 2). No loss is evaluated:
+each would be another release.
+Assumes that few rows lie beyond CLIP scales: they count as clipped in g and H while their score moves in full.
 Units: x at 2**-DIRECTION_BITS of a scale; step sizes at 2**-ALPHA_BITS; the intercept at 2**-SCORE_BITS logit.
-The order of columns is: bank direction, summed owner direction, previous step (from the second round), intercept
-(always last).
+Columns: bank direction, summed owner direction, previous step (from the second round), intercept (always last).
 """
 
 from __future__ import annotations

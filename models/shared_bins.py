@@ -1,15 +1,13 @@
 """Bins that several banks share without pooling a value: three rounds of counts on a fixed public grid.
 
-What it guarantees: a bank contributes integer counts only, one cell per row, feature and level; everything else here
-is computed from the released totals (post-processing), so all banks get the same bins, and the counts in them,
-whatever the noise.
-Formula: level 1 counts the cells of a grid over float64 (sign, octave, 16 steps); each cell with more than its share
-of the rows is cut into 256 at level 2, and again at level 3, which resolves 2**-20 of a value: a year, an age, an atom.
-Noise: neighbouring cells are merged until their count exceeds THRESHOLD standard deviations of the merged noise;
-nothing is dropped except what is insignificant at the low end. Sensitivity of one row per level: L2 = sqrt(features)
-(sqrt(features + 1) with the label at level 1).
-Source: equi-depth histograms by refinement, as in Qardaji, Yang, Li, "Understanding hierarchical methods for DP
-histograms" (2013).
+What it guarantees: a bank contributes integer counts only, one cell per row, feature and level; everything else here is
+computed from the released totals (post-processing), so all banks get the same bins, and the rows in them.
+Formula: level 1 counts the cells of a grid over float64 (sign, octave, 16 steps); each cell with more than its share of
+the rows is cut into 256 at level 2, and again at level 3, which resolves 2**-20 of a value: a year, an age, an atom.
+Noise: neighbouring cells are merged until their count exceeds THRESHOLD standard deviations of the merged noise.
+Sensitivity to one row: L2 = sqrt(features + 1) at level 1 (it also counts the label), sqrt(numeric features) later.
+Source: equi-depth histograms by hierarchical refinement; Qardaji, Yang, Li, "Understanding Hierarchical Methods for
+Differentially Private Histograms", PVLDB 6(14), 2013.
 """
 
 from __future__ import annotations
@@ -90,9 +88,7 @@ def pieces(cells: Float64) -> Float64:
 
 
 def refined_counts(spec: ColumnSpec, column: npt.NDArray[Any], heavy_cells: Float64) -> Int64:
-    """Level 2 or 3: rows in each piece of the heavy cells, int64[k * 256]; rows elsewhere, codes and missing are not
-    counted.
-    """
+    """Level 2 or 3: rows in each piece of the heavy cells, int64[k * 256]; codes and missing are not counted."""
     if not len(heavy_cells):
         return np.zeros(0, dtype=np.int64)
     if spec.kind == "categorical":
@@ -211,7 +207,7 @@ def _fit_values(state: SharedBinning, feature: int) -> tuple[FeatureBins, Int64]
     cells, counts = _leaves(state, feature)
     low, high, merged = _significant(cells, counts, state.noise_std)
     # codes are counted apart, so a cell that happens to start at one is an ordinary cell: they join after the fit
-    bins = replace(fit_numeric(spec.name, low, merged, state.max_bins, uppers=high), codes=tuple(sorted(spec.codes)))
+    bins = replace(fit_numeric(spec.name, low, merged, state.max_bins, uppers=high), codes=spec.codes)
     inside = np.zeros(bins.size, dtype=np.int64)
     # every cell lies in one bin, because edges are ends of cells; counts of all cells keep the sums unbiased
     np.add.at(inside, np.searchsorted(np.array(bins.edges), cells[:, 0], side="right"), counts)

@@ -262,7 +262,7 @@ def _cut(cells: Int32, layout: Layout) -> tuple[npt.NDArray[np.uint16], Int64]:
 
 
 def flooding_residues(degree: int, moduli: UInt64) -> UInt64:
-    """Uniform integers of FLOODING_BITS bits from the operating system, reduced modulo each prime: uint64[primes, N]."""
+    """Uniform integers of FLOODING_BITS bits from the operating system modulo each prime: uint64[primes, N]."""
     half = FLOODING_BITS // 2
     low, high = (np.frombuffer(os.urandom(8 * degree), dtype=np.uint64) & np.uint64((1 << half) - 1) for _ in range(2))
     residues = np.empty((len(moduli), degree), np.uint64)

@@ -60,4 +60,5 @@ def blind_sum(parts: Sequence[Int64], masks: Sequence[UInt64]) -> Int64:
 def blind_sum_in_the_clear(parts: Sequence[Int64], masks: Sequence[UInt64]) -> Int64:
     """Plaintext twin of `blind_sum`."""
     del masks
-    return np.sum(np.stack(parts), axis=0, dtype=np.int64)
+    total: Int64 = np.sum(np.stack(parts), axis=0, dtype=np.int64)
+    return total

@@ -6,7 +6,7 @@ up to the number that `share_std` was given.
 A sum of shares is not exactly a discrete Gaussian; with at least LEAST_SHARE_STD grid units per share its log density
 is within 1e-16 per further share (Kairouz et al. 2021, theorem 1), which is neglected; smaller shares are `Refused`.
 `forward_noise` is a heuristic and carries NO epsilon.
-Assumes: OpenDP's generator (OpenSSL's or the operating system's); no seed ever reaches it.
+Assumes: OpenDP's generator, which in its wheels is OpenSSL's; no seed ever reaches it.
 Source: Canonne, Kamath, Steinke 2020 (discrete Gaussian) through OpenDP; Kairouz, Liu, Steinke 2021 (distributed).
 """
 
@@ -64,13 +64,24 @@ def share_std(total_std: float, banks: int, colluding: int) -> float:
     """One bank's share of noise: total_std / sqrt(banks - colluding), in the units of `total_std`.
 
     Whatever `colluding` banks subtract of their own, the others' shares still make `total_std`. All shares together
-    make more: share * sqrt(banks).
+    make more: share * sqrt(banks). A bank that sees the sum knows its own share, so it counts as colluding by itself:
+    with `colluding` 0 the total holds against feature owners and the coordinator, not against another bank.
     """
     if not (math.isfinite(total_std) and total_std > 0):
         raise Refused(f"noise of standard deviation {total_std} cannot be shared; it must be finite and above 0")
     if banks < 1 or not 0 <= colluding <= banks - 1:
         raise Refused(f"{colluding} colluding of {banks} banks; between 0 and {banks - 1} can be tolerated")
     return total_std / math.sqrt(banks - colluding)
+
+
+def default_colluding(banks: int) -> int:
+    """All but two, and at least the one bank that looks at the sum: 0, 1, 1, 2, 3, ... for 1, 2, 3, 4, 5, ... banks.
+
+    With one bank there is no other bank to hide from.
+    """
+    if banks < 1:
+        raise Refused(f"colluding banks among {banks}; at least 1 bank takes part")
+    return min(banks - 1, max(1, banks - 2))
 
 
 class NoiseSource(Protocol):

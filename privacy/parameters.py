@@ -9,8 +9,7 @@ Source: PROTOCOL "BFV parameters"; homomorphicencryption.org standard (2018), ta
 
     log2 t  >= 1 + log2(rows * max|v| * max|A| + 12 sigma)
     noise    = 19.7 * rows * max|A| * features_per_ciphertext      (six-sigma fresh noise plus rounding, every term)
-    hiding   = 100 - log2(noise) - 20                              (flooding by uniform 100-bit integers; 20 bits of slack
-                                                                    for 2^20 released coefficients)
+    hiding   = 100 - log2(noise) - 20            (flooding by uniform 100-bit integers; 2^20 released coefficients)
 """
 
 import math

@@ -184,4 +184,5 @@ def sum_in_the_clear(
 ) -> Int64:
     """Plaintext twin of `secure_sum`."""
     del masks, largest_sum, parameters
-    return np.sum(np.stack(vectors), axis=0, dtype=np.int64)
+    total: Int64 = np.sum(np.stack(vectors), axis=0, dtype=np.int64)
+    return total

@@ -44,6 +44,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from models.binning import ColumnSpec
 from models.errors import DataError
 
 HELD_OUT_SHARE = 0.3
@@ -77,6 +78,11 @@ class Column:
     codes: tuple[float, ...] = ()
     categories: tuple[str, ...] = ()
     missing_means_zero: bool = False
+
+    @property
+    def spec(self) -> ColumnSpec:
+        """The column as the training loop takes it."""
+        return ColumnSpec(name=self.name, kind=self.kind, codes=self.codes, categories=self.categories)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

@@ -1,12 +1,14 @@
-"""One simulated job: contract, identities and vaults of every party in this process, and the coordinator that drives them.
+"""One simulated job: contract, identities and vaults of every party in this process, and the coordinator.
 
 The parties run the programs that they would run in production; only the wire and the alignment differ.
 """
 
+import logging
 import os
 import secrets
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +19,8 @@ import numpy.typing as npt
 
 from fl_clients.bank import Bank
 from fl_clients.contract import ColumnTerms, Contract, ModelTerms, PartyTerms, PrivacyTerms
+from fl_clients.courier import SOCKET_FOLDER, client_app
 from fl_clients.courier import app as socket_courier
-from fl_clients.courier import client_app
 from fl_clients.feature_owner import FeatureOwner
 from fl_clients.vault import Vault
 from fl_clients.vault_service import serve
@@ -118,7 +120,7 @@ def make_parties(
     }
     vaults = {
         name: Vault(party=name, contract=contract, identity=identities[name], role=role)
-        for name, role in {**banks, **owners}.items()
+        for name, role in _roles(banks, owners)
     }
     return Parties(
         contract=contract,
@@ -129,6 +131,10 @@ def make_parties(
         noise=noise,
         forward_noise=forward_noise,
     )
+
+
+def _roles(banks: Mapping[str, Bank], owners: Mapping[str, FeatureOwner]) -> list[tuple[str, Bank | FeatureOwner]]:
+    return [*banks.items(), *owners.items()]
 
 
 def run_in_memory(parties: Parties, watch: Watch, transcript: list[bytes] | None = None) -> Outcome:
@@ -146,19 +152,37 @@ def _vault_call(parties: Parties, name: str) -> tuple[str, Callable[[bytes], byt
 
 
 @contextmanager
-def _sockets(parties: Parties) -> Iterator[Path]:
+def _sockets(parties: Parties, folder: Path) -> Iterator[None]:
     """Every vault behind its own Unix socket, as in a deployment."""
-    with tempfile.TemporaryDirectory(prefix="xinyi-") as folder, ExitStack() as stack:
+    with ExitStack() as stack:
         for number, vault in enumerate(parties.vaults.values()):
-            stack.enter_context(serve(vault, Path(folder) / f"{number}.sock"))
-        yield Path(folder)
+            stack.enter_context(serve(vault, folder / f"{number}.sock"))
+        yield
+
+
+@contextmanager
+def _ray(folder: Path) -> Iterator[None]:
+    """A Ray runtime that Flower's engine finds and uses. `RAY_ADDRESS` names a running cluster instead.
+
+    Ray must start before any gRPC server of this process: it forks, and gRPC does not survive that.
+    """
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    import ray
+
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path), SOCKET_FOLDER: str(folder)}
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": environment})
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def run_on_ray(parties: Parties, watch: Watch) -> Outcome:
-    """Drive the job over Flower's simulation engine: every message runs in a Ray actor and reaches its vault by gRPC."""
-    os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+    """Drive the job over Flower's simulation engine: messages run in Ray actors and reach the vaults by gRPC."""
+    os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
     from flwr.simulation import run_simulation
 
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)
     outcomes: list[Outcome] = []
     stopped: list[JobStoppedError] = []
 
@@ -168,8 +192,11 @@ def run_on_ray(parties: Parties, watch: Watch) -> Outcome:
         except JobStoppedError as error:
             stopped.append(error)
 
-    with _sockets(parties) as folder:
-        os.environ["XINYI_VAULTS"] = str(folder)
+    with (
+        tempfile.TemporaryDirectory(prefix="xinyi-") as folder,
+        _ray(Path(folder)),
+        _sockets(parties, Path(folder)),
+    ):
         run_simulation(
             server_app=server_app(parties.contract, parties.coordinator, keep, watch, STEP_TIMEOUT_S),
             client_app=socket_courier,
@@ -223,4 +250,4 @@ def _twin_tag(release: str) -> tuple[str, str]:
 
 def model_files(parties: Parties) -> dict[str, dict[str, Any]]:
     """What every institution would write to its own model file."""
-    return {name: role.model() for name, role in {**parties.banks, **parties.owners}.items()}
+    return {name: role.model() for name, role in _roles(parties.banks, parties.owners)}

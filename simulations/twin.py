@@ -44,9 +44,7 @@ EXACT = NoiseStds()
 
 @dataclass(frozen=True, kw_only=True)
 class OwnerData:
-    """A feature owner's whole table, and for every pooled training row its row here (int64[n], -1 = the owner has no
-    file).
-    """
+    """A feature owner's whole table; index: int64[n], for every pooled training row its row here, -1 = no file."""
 
     specs: tuple[ColumnSpec, ...]
     columns: Columns
@@ -91,9 +89,7 @@ class TwinResult:
     training_score: Int64
 
     def score(self, columns: Columns, owners: Mapping[str, tuple[Columns, Int64]]) -> Int64:
-        """Exact scores of any rows: int64[n] at 2**-SCORE_BITS; per owner its table and the rows' index in it (-1 =
-        no file).
-        """
+        """Exact scores: int64[n] at 2**-SCORE_BITS; per owner its table and the rows' index in it (-1 = no file)."""
         total = apply(cells(self.bank, columns), self.bank_weights) + np.int64(self.intercept)
         for name, tower in self.owners.items():
             table, index = owners[name]

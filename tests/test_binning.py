@@ -86,7 +86,7 @@ def test_neighbouring_atoms_leave_no_empty_bin_between() -> None:
     column = np.repeat(np.arange(40.0), [100, 90, 80, 70, *[3] * 36])
     bins = fit_numeric("x", *value_counts(column), 10)
     assert bins.atoms == (0, 1, 2, 3)
-    assert bins.labels()[:5] == ("< 1", "[1, 2)", "[2, 3)", "= 3", "(3, 9)")
+    assert bins.labels()[:5] == ("< 1", "[1, 2)", "[2, 3)", "= 3", "(3, 10)")
     assert local_counts(bins, column)[:-1].min() > 0
 
 
@@ -265,6 +265,37 @@ def test_shared_bins_withstand_noise() -> None:
             assert exact[: feature.ordered].max() < 20_000 * 0.45
     assert fitted.features[0].labels()[fitted.features[0].atoms[0]] == "= 0"
     assert "rare" not in fitted.features[3].categories
+
+
+def test_noise_alone_makes_no_bins() -> None:
+    rng = np.random.default_rng(3)
+    noise = np.rint(rng.normal(size=sb.GRID) * 40.0).astype(np.int64)
+    assert len(sb._significant(sb.GRID_CELLS, noise, 40.0)[0]) <= 25  # of 2051 cells, half of which are positive
+    spec = ColumnSpec(name="x", kind="numeric")
+    column = rng.integers(1000, 2000, 20_000).astype(float)
+    state = sb.SharedBinning(specs=(spec,), rows=20_000, max_bins=16, least_count=20, noise_std=40.0)
+    for _ in range(sb.LEVELS):
+        exact = sb.level_counts(state, {"x": column}, np.zeros(20_000, dtype=np.int8))
+        state = sb.with_level(state, exact + np.rint(rng.normal(size=len(exact)) * 40.0).astype(np.int64))
+    edges = sb.fit_shared(state)[0].features[0].edges
+    outside = [edge for edge in edges if not 900 <= edge <= 2100]
+    assert len(outside) <= 3
+    assert len(edges) - len(outside) >= 10
+
+
+def test_the_third_level_resolves_values_that_agree_in_four_digits() -> None:
+    values = 1.0 + np.arange(10) * 2e-5
+    column = np.repeat(values, 50)
+    spec = ColumnSpec(name="x", kind="numeric", codes=(-9.0, -8.0))
+    column = np.concatenate([column, np.full(7, -9.0), np.full(5, -8.0), np.full(3, np.nan)])
+    label = np.zeros(len(column), dtype=np.int8)
+    state = sb.SharedBinning(specs=(spec,), rows=len(column), max_bins=16, least_count=20)
+    for _ in range(3):
+        state = sb.with_level(state, sb.level_counts(state, {"x": column}, label))
+    fitted, counts = sb.fit_shared(state)
+    assert counts.tolist() == [50] * 10 + [7, 5, 3]
+    assert assign(fitted.features[0], values).tolist() == list(range(10))
+    assert assign(fitted.features[0], np.array([-9.0, -8.0, np.nan])).tolist() == [10, 11, 12]
 
 
 def test_extreme_values_fall_into_the_end_cells() -> None:

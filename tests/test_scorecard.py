@@ -127,7 +127,9 @@ def test_direction_solves_the_penalised_normal_equations() -> None:
         penalty[i, j] -= PENALTY.smoothness
         penalty[j, i] -= PENALTY.smoothness
     right = gradient / 2**19 - penalty @ (weights / 2**16)
-    expected = np.linalg.solve(0.16 * cross + penalty + 3.0 * np.eye(t.rows), right)
+    smooth = (penalty - np.eye(t.rows) * PENALTY.ridge) * (1 + sc.NOISE_SMOOTHNESS * 3.0 / PENALTY.smoothness)
+    ridge = np.eye(t.rows) * (PENALTY.ridge + 3.0)
+    expected = np.linalg.solve(0.16 * cross + smooth + ridge, right)
     assert np.abs(got - expected).max() <= 2**-16
 
 

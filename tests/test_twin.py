@@ -18,7 +18,7 @@ SETTINGS = ScorecardSettings(rounds=2)
 
 
 def small_job(n: int = 3000, seed: int = 4) -> PooledData:
-    """A bank and two owners; the second owner knows two thirds of the rows; its table is larger and in another order."""
+    """A bank and two owners; the second owner knows two thirds of the rows; its table is larger, in another order."""
     rng = np.random.default_rng(seed)
     risk = rng.normal(size=(3, n))
     label = (rng.random(n) < 1 / (1 + np.exp(3.0 - risk.sum(axis=0)))).astype(np.int8)
@@ -147,8 +147,11 @@ def test_later_levels_of_the_bins_are_replayed() -> None:
 
 def test_scoring_the_training_rows_gives_the_score_of_the_loop() -> None:
     job = small_job()
-    result = run_twin(job, SETTINGS, {})
-    features, rounds = 4, SETTINGS.rounds
+    settings = ScorecardSettings(rounds=3)
+    result = run_twin(job, settings, {})
+    assert [len(alphas) for alphas in result.alphas] == [3, 4, 4]
+    assert all(alphas[2] != 0 for alphas in result.alphas[1:])  # the previous step takes part
+    features, rounds = 4, settings.rounds
     # weights and scores round each step separately: half a unit per feature and round on either side
     assert np.abs(scores(job, result) - result.training_score).max() <= 2 * rounds * (features + 1)
     noisy = run_twin(job, SETTINGS, noise_of(job, 0.5))

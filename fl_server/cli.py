@@ -1,0 +1,51 @@
+"""`xinyi-server`: the coordinator's command. It only parses and prints."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from fl_clients.contract import Contract
+from fl_clients.protocol import schedule
+from fl_server import who_sees_what
+
+app = typer.Typer(
+    help="The coordinator: reads contracts and says what a job would do. Deployment comes with a later release.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _xinyi() -> None:
+    pass
+
+
+@app.command()
+def explain(contract: Annotated[Path, typer.Argument(help="A contract.json, as a run writes it.")]) -> None:
+    """Say in plain words what a contract's job does and who sees what.
+
+    Example: xinyi-server explain out/demo/run/contract.json
+    """
+    try:
+        terms = Contract.model_validate_json(contract.read_bytes())
+    except (OSError, ValidationError) as error:
+        typer.echo(f"error: {contract} is no contract: {str(error).splitlines()[0]}", err=True)
+        raise typer.Exit(2) from None
+    console = Console()
+    console.print(f"job {terms.job}, contract {terms.hash.hex()[:16]}, purpose: {terms.purpose}", markup=False)
+    console.print(f"exchanges: {len(schedule(terms))} in {terms.model.rounds} rounds", markup=False)
+    table = Table("what", "coordinator", "label holder", "feature owner", "others", show_lines=True)
+    for row in who_sees_what.table(terms):
+        table.add_row(*row.values())
+    console.print(table)
+    for line in who_sees_what.warnings(terms):
+        console.print(f"warning: {line}", markup=False)
+
+
+def main() -> None:
+    app()
