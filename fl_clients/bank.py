@@ -428,7 +428,7 @@ class Bank:
         )
         bound = scorecard.spread_bound(tower, self._bin_counts, self._direction, session.roster.training_rows)
         self._directions = [scorecard.apply(own, self._direction), owners_direction]
-        self._scales = [bound, line_search.owner_scale([owners_spread])]
+        self._scales = [bound, line_search.owner_scale([owners_spread], self._contract.settings.forward_noise)]
         if self._row_step is not None:
             self._directions.append(self._row_step)
             self._scales.append(self._row_step_scale)

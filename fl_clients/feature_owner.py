@@ -28,6 +28,10 @@ Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
 
+LEAST_ROWS_PER_BIN = 20
+"""Outside simulation: aligned rows at least this many times the used bins, which bound the rank of A."""
+
+
 class FeatureOwner:
     """SECRET (features, pads, weights). One feature owner's role in one job."""
 
@@ -97,9 +101,20 @@ class FeatureOwner:
         self._cells = {bank.name: self._place(bank.name, held_out=False) for bank in contract.banks}
         bins = self._tower.rows
         self._cross_tab = np.sum([scorecard.cross_tab(own, bins) for own in self._cells.values()], axis=0)
+        self._check_rows()
         self._weights = np.zeros(bins, np.int64)
         self._step = np.zeros(bins, np.int64)
         return Outgoing(posts=(session.post(request, "banks", {"bins": bins}),))
+
+    def _check_rows(self) -> None:
+        """Too few aligned rows for the number of bins would let an owner solve for labels (PROTOCOL)."""
+        used = int(np.count_nonzero(np.diagonal(self._cross_tab)))
+        known = sum(int((cells[:, 0] >= 0).sum()) for cells in self._cells.values())
+        if not self._contract.simulation and known < LEAST_ROWS_PER_BIN * used:
+            raise Refused(
+                f"{known} aligned rows for {used} used bins of {self._name}; at least {LEAST_ROWS_PER_BIN} rows a bin "
+                "are needed outside simulation: use fewer columns or bins, or more customers"
+            )
 
     def _place(self, bank: str, held_out: bool) -> Int32:
         aligned = self._data.aligned[bank]

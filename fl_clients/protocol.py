@@ -109,6 +109,9 @@ class Letter:
     participants: tuple[str, ...]
     sealed: bytes
 
+    def __post_init__(self) -> None:
+        _check_types((self.sender, self.receiver, self.step, *self.participants), self.attempt, (self.sealed,))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Post:
@@ -120,6 +123,9 @@ class Post:
     attempt: int
     content: bytes
     signature: bytes
+
+    def __post_init__(self) -> None:
+        _check_types((self.sender, self.audience, self.step), self.attempt, (self.content, self.signature))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +140,9 @@ class Request:
     posts: tuple[Post, ...] = ()
     summed: bytes | None = None
     """Sum of the banks' ciphertexts of the previous secure sum, for banks."""
+
+    def __post_init__(self) -> None:
+        _check_types((self.step, *self.participants), self.attempt, (self.job, self.summed or b""))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +160,17 @@ class Reply:
     released: dict[str, Any] = field(default_factory=dict)
     """What the contract lets the coordinator see: row counts, pooled metrics, receipts."""
     refused: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_types((self.step, self.party, self.refused or ""), self.attempt, (self.job, self.summand or b""))
+
+
+def _check_types(texts: tuple[object, ...], attempt: object, blobs: tuple[object, ...]) -> None:
+    """MessagePack carries any type in any field; what comes from the wire is checked before it is compared or bound."""
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(blob, bytes) for blob in blobs):
+        raise TypeError("a text or byte field of a message has another type")
+    if type(attempt) is not int or attempt < 0:
+        raise TypeError("an attempt must be an integer from 0")
 
 
 _REQUEST = b"xinyi request"
@@ -176,6 +196,8 @@ def _encode(message: Request | Reply, context: bytes, identity: SigningIdentity)
 def _decode(kind: type[Any], data: bytes, context: bytes, identity: bytes, sender: str) -> Any:
     try:
         version, body, signature = msgpack.unpackb(data, max_bin_len=1 << 31)
+        if not isinstance(body, bytes) or not isinstance(signature, bytes):
+            raise TypeError("body and signature must be byte strings")
     except Exception:
         raise Refused(f"a message of {sender} is no protocol message ({len(data)} bytes); send it again") from None
     if version != PROTOCOL_VERSION:
@@ -186,8 +208,10 @@ def _decode(kind: type[Any], data: bytes, context: bytes, identity: bytes, sende
         for name, mail in _MAIL.items():
             plain[name] = tuple(mail(**_tuples(entry)) for entry in plain[name])
         return kind(**_tuples(plain))
-    except (TypeError, KeyError, ValueError):
-        raise Refused(f"a message of {sender} lacks fields or has unknown ones; update the older program") from None
+    except (TypeError, KeyError, ValueError, AttributeError):
+        raise Refused(
+            f"a message of {sender} lacks fields or has unknown or mistyped ones; update the older program"
+        ) from None
 
 
 def _tuples(plain: dict[str, Any]) -> dict[str, Any]:

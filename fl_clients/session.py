@@ -68,9 +68,13 @@ class Session:
     ) -> dict[str, Any]:
         """Contents by sender: exactly one letter of `step` from each of `senders`, else `Refused`.
 
-        `same_exchange`: it must be of this very attempt and these participants.
+        All are of one attempt with one list of participants: masks of two attempts do not cancel. `same_exchange`: it
+        must be this very attempt and these participants.
         """
         contents: dict[str, Any] = {}
+        written = {(letter.attempt, letter.participants) for letter in request.letters if letter.step == step.name}
+        if len(written) > 1:
+            raise Refused(f"the letters of {step.name} are of attempts {sorted(a for a, _ in written)}; expected one")
         for letter in request.letters:
             if letter.step != step.name:
                 continue

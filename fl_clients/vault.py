@@ -3,7 +3,9 @@
 It has one call, `handle(bytes) -> bytes`; there is none that returns rows. It is a state machine over the schedule of
 `protocol`: a step out of order is refused; a repeated request gets the stored reply, byte for byte; the same step with
 other bytes is refused (one pad on two inputs would leak their difference); an exchange is run again only with the next
-attempt and a subset of its participants, and only as long as its result was not opened.
+attempt and a subset of its participants, and only as long as its result was not opened. A step that fails once the
+party began it ends the job here: asked again and again with altered mail, even refusals would answer questions about
+what the mail opens to (a reaction attack on the key).
 """
 
 import hashlib
@@ -77,6 +79,8 @@ class Vault:
         self._done = _Position(-1, 0, 0)
         self._participants = tuple(bank.name for bank in contract.banks)
         self._stored: dict[tuple[str, int], tuple[bytes, bytes]] = {}
+        self._stopped: str | None = None
+        self._destroyed = False
 
     def __repr__(self) -> str:
         return f"Vault({self.party!r}, job {self.contract.job})"
@@ -94,18 +98,29 @@ class Vault:
             if stored_digest == digest:
                 return reply
             return self._refusal(*key, f"step {request.step} attempt {request.attempt} was asked with other content")
+        if self._stopped is not None:
+            return self._refusal(*key, f"{self.party} stopped this job in step {self._stopped}; start a new one")
         try:
             position, step = self._admit(request)
+        except Refused as error:
+            return self._refusal(*key, str(error))
+        self._stopped = step.name  # until the step is done
+        try:
             outgoing = self._role.perform(step, request)
         except (Refused, DataError) as error:
-            return self._refusal(*key, str(error))
+            refusal = self._refusal(*key, str(error))
+            self._stored[key] = (digest, refusal)
+            return refusal
+        self._stopped = None
         self._done = position
         self._participants = request.participants
         reply = self._sign(request, outgoing)
         self._stored[key] = (digest, reply)
         if step.kind is StepKind.CLOSE:
-            self._role.destroy()
             self._stored = {key: (digest, reply)}
+            if not self._destroyed:  # a bank that dies while closing makes the others close again
+                self._role.destroy()
+            self._destroyed = True
         return reply
 
     def _admit(self, request: Request) -> tuple[_Position, Step]:

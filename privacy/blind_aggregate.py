@@ -8,10 +8,16 @@ A_b (R x n_b integers, here: 0/1 given by cells) is the owner's, v_b (n_b signed
 3. `BankKey.open` - bank b decrypts R values that are uniform modulo t; it adds its noise share and its pairwise masks.
 4. `unmask` - the owner adds the banks' answers, subtracts its pads, and holds S.
 
-Guarantee (semi-honest parties): the bank sees uniform values and a ciphertext whose distribution is within
-2^-hiding_bits of one that does not depend on A (flooding), re-randomised by a fresh encryption of zero; the owner sees
-only the sum over the banks, protected from single banks by their pairwise masks; whoever relays sees BFV ciphertexts.
+Guarantee (semi-honest parties): the bank sees uniform values, and a ciphertext that it cannot tell from one that does
+not depend on A: its phase c0 + c1 s is uniform up to 2^-hiding_bits (mask and flood), and its c1 is hidden by the fresh
+encryption of zero (RLWE; the c1 of the bare product is a known linear function of A). The switch to one prime comes
+last: public arithmetic on what is hidden already. The owner sees only the sum over the banks, single banks being
+protected by their pairwise masks; whoever relays sees BFV ciphertexts.
 Exact: integers modulo t = 2^log_t, t from the chooser, never a wrong or rounded sum.
+NOT guaranteed against a party that deviates, for nobody proves what it multiplied or encrypted:
+* an owner with entries of A larger than 1 drowns the banks' DP noise and reads single residuals; with crafted
+  ciphertexts it uses the bank as a decryption oracle on the bank's own key;
+* a bank with a false public key, or with encryptions of noise above 2^100, reads A.
 Assumes: RLWE at 128 bits (SEAL TC128), masks from a cryptographic generator, each key for one job only.
 Source: BFV (Brakerski 2012; Fan, Vercauteren 2012); packing of a matrix-vector product in polynomial coefficients
 (Cheetah, Huang et al. 2022; Iron, Hao et al. 2022); noise flooding (Gentry 2009).
@@ -75,8 +81,14 @@ class Layout:
     degree: int
 
     def __post_init__(self) -> None:
-        if self.degree % self.rows_per_ciphertext or self.samples < 1 or self.rows < 1:
-            raise Refused(f"no layout for {self}")
+        if not 1 <= self.rows_per_ciphertext <= self.degree or self.degree % self.rows_per_ciphertext:
+            raise Refused(
+                f"{self.rows_per_ciphertext} rows in a ciphertext of {self.degree} coefficients; give a divisor of it"
+            )
+        if self.samples < 1 or self.rows < 1:
+            raise Refused(
+                f"a matrix of {self.rows} rows over {self.samples} samples; there must be one of each at least"
+            )
 
     @property
     def block(self) -> int:
@@ -113,8 +125,19 @@ class BankKey:
         return "BankKey(secret)"
 
     def encrypt(self, values: Int64, rows_per_ciphertext: int) -> bytes:
-        """Encrypt int64[n] in blocks of N / rows_per_ciphertext (seed-compressed: 24 bytes a coefficient)."""
-        block = self.parameters.degree // rows_per_ciphertext
+        """Encrypt int64[n] in blocks of N / rows_per_ciphertext (seed-compressed: 24 bytes a coefficient).
+
+        `Refused` when a sum of these values could leave t: the chooser was told of smaller ones.
+        """
+        degree = self.parameters.degree
+        block = Layout(samples=len(values), rows=1, rows_per_ciphertext=rows_per_ciphertext, degree=degree).block
+        # not np.abs: that of the least int64 is negative
+        largest = max(int(values.max()), -int(values.min())) if values.size else 0
+        if largest * len(values) >= 1 << (self.parameters.log_t - 1):
+            raise Refused(
+                f"the sum of {len(values)} values could leave t=2^{self.parameters.log_t}: a value is larger than the "
+                "parameters were chosen for; clip the values or choose the parameters anew"
+            )
         residues = to_residues(values, self.parameters)
         return bytes(
             msgpack.packb(
@@ -137,7 +160,9 @@ class BankKey:
         targets = layout.targets()
         opened = []
         for part in parts:
-            ciphertext = seal_bytes.load(sealapi.Ciphertext(self._context), self._context, part, "aggregate result")
+            ciphertext = seal_bytes.load_ciphertext(
+                self._context, self._context.last_parms_id(), part, "result of the blind aggregate"
+            )
             polynomial = sealapi.Plaintext()
             if self._decryptor.invariant_noise_budget(ciphertext) < 1:
                 raise Refused("result of the blind aggregate: no noise budget left, the ciphertext is damaged")
@@ -149,14 +174,18 @@ class BankKey:
 class OwnerDesign:
     """A feature owner's 0/1 matrix for one bank's rows, cut for the kernel. Reused in every round.
 
-    `cells`: int32[n, F], the row of A that holds a one for this sample, -1 for none.
+    `cells`: int32[n, F], the row of A that holds a one for this sample, -1 for none. A row named twice by one sample is
+    `Refused`: it would be a two, which the parameters were not chosen for.
     """
 
     def __init__(self, cells: Int32, layout: Layout, parameters: BFVParameters, bank_public: bytes) -> None:
-        if cells.shape[0] != layout.samples:
-            raise Refused(f"design has {cells.shape[0]} samples, the layout {layout.samples}")
-        if cells.size and int(cells.max()) >= layout.rows:
-            raise Refused(f"design names row {int(cells.max())}, the layout has {layout.rows}")
+        if cells.ndim != 2 or cells.shape[0] != layout.samples:
+            raise Refused(f"design has the shape {cells.shape}, the layout {layout.samples} samples")
+        if cells.size and (int(cells.max()) >= layout.rows or int(cells.min()) < -1):
+            raise Refused(f"design names rows outside -1..{layout.rows - 1}, which the layout has; place the rows anew")
+        ordered = np.sort(cells, axis=1)
+        if np.any((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)):
+            raise Refused("design names a row twice for one sample; every feature needs rows of its own")
         self.layout = layout
         self.parameters = parameters
         self._context = seal_bytes.make_context(parameters.degree, parameters.prime_bits, parameters.log_t)
@@ -183,9 +212,7 @@ class OwnerDesign:
             raise Refused(f"pad has {pad.shape} values, expected {layout.rows}")
         blocks = []
         for part in parts:
-            ciphertext = seal_bytes.load(sealapi.Ciphertext(self._context), self._context, part, "encrypted residuals")
-            if ciphertext.size() != 2 or ciphertext.parms_id() != self._level or ciphertext.is_ntt_form():
-                raise Refused("encrypted residuals: not a fresh ciphertext of this job")
+            ciphertext = seal_bytes.load_ciphertext(self._context, self._level, part, "encrypted residuals")
             self._evaluator.transform_to_ntt_inplace(ciphertext)
             blocks.append(ciphertext)
         padded = np.zeros(layout.groups * layout.rows_per_ciphertext, np.uint64)
@@ -278,6 +305,8 @@ def unmask(answers: Sequence[UInt64], pads: Sequence[UInt64], parameters: BFVPar
     """The owner's last step: S = sum of the banks' answers - sum of its pads, as signed integers."""
     if len(answers) != len(pads) or not answers:
         raise Refused(f"{len(answers)} answers for {len(pads)} pads; every bank of the attempt must answer")
+    if len({array.shape for array in (*answers, *pads)}) != 1:
+        raise Refused("answers and pads have different lengths; every bank must answer every row")
     total = np.zeros_like(answers[0])
     for answer, pad in zip(answers, pads, strict=True):
         total = total + answer - pad

@@ -29,10 +29,11 @@ def masked_share(values: Int64, mask: UInt64, owners: int) -> bytes:
     Each |value| must be below 2^31 / owners, so that the sum cannot wrap; else `Refused`.
     """
     limit = _HALF // max(owners, 1) - 1
-    if values.size and int(np.abs(values).max()) > limit:
+    # not np.abs: that of the least int64 is negative; the score itself is a secret and stays out of the message
+    if values.size and (int(values.max()) > limit or int(values.min()) < -limit):
         raise Refused(
-            f"a partial score of magnitude {int(np.abs(values).max())} leaves the limit {limit} of a sum over "
-            f"{owners} owners modulo 2^32; a weight or the noise has exploded, stop the job"
+            f"a partial score leaves the limit {limit} of a sum over {owners} owners modulo 2^32; a weight or the "
+            "noise has exploded, stop the job"
         )
     if values.shape != mask.shape:
         raise Refused(f"{values.shape} partial scores for a mask of {mask.shape}")

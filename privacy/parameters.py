@@ -8,8 +8,11 @@ bit widths include the sign.
 Source: PROTOCOL "BFV parameters"; homomorphicencryption.org standard (2018), table for ternary secrets.
 
     log2 t  >= 1 + log2(rows * max|v| * max|A| + 12 sigma)
-    noise    = 19.7 * rows * max|A| * features_per_ciphertext      (six-sigma fresh noise plus rounding, every term)
-    hiding   = 100 - log2(noise) - 20            (flooding by uniform 100-bit integers; 2^20 released coefficients)
+    noise    = 21.5 * rows * max|A| * features         (largest fresh noise plus rounding, times the L1 norm of A)
+    hiding   = 100 - log2(noise) - 20                  (flooding by uniform 100-bit integers)
+The 20 bits: a round releases N = 2^13 coefficients for each group of rows of A; each shifts its flood by at most 21.5
+times the L1 norm of its group, and the norms of the groups add up to that of A. All groups together are therefore within
+2^13 noise / 2^100 of uniform, and a job may have 2^7 rounds.
 """
 
 import math
@@ -20,7 +23,7 @@ from privacy.errors import Refused
 FLOODING_BITS = 100
 LEAST_HIDING_BITS = 40
 _RELEASED_COEFFICIENTS_BITS = 20
-_FRESH_NOISE = 19.7  # six sigma (3.2) of a fresh encryption plus the rounding of the encoding
+_FRESH_NOISE = 21.5  # SEAL 4 draws a centred binomial of 42 bits: |e| <= 21 always; the encoding rounds by one half
 _AFTER_SWITCH_NOISE_BITS = 8  # rounding times a ternary secret at N = 8192: twelve sigma is 2^8
 
 
@@ -51,15 +54,16 @@ class BFVParameters:
 def choose_aggregate(*, rows: int, value_bits: int, matrix_bits: int, features: int, noise_std: float) -> BFVParameters:
     """Parameters of a blind aggregate S = sum of A v over `rows` rows.
 
-    `value_bits` and `matrix_bits` are widths of the entries of v and A with sign (a 0/1 matrix: 1); `features` is the
-    largest number of non-zero entries of A in one row that can meet in one ciphertext; `noise_std` is the standard
-    deviation of all banks' noise together, in the integer units of v.
+    `value_bits` and `matrix_bits` are widths of the entries of v and A with sign (a 0/1 matrix: 1), |v| up to
+    2^(value_bits - 1) included; `features` is the largest number of non-zero entries of A that one sample has;
+    `noise_std` is the standard deviation of all banks' noise together, in the integer units of v.
     """
-    if rows < 1 or value_bits < 2 or matrix_bits < 1 or features < 1 or noise_std < 0:
+    if rows < 1 or value_bits < 2 or matrix_bits < 1 or features < 1 or not 0 <= noise_std < math.inf:
         raise Refused(f"no parameters for {rows=} {value_bits=} {matrix_bits=} {features=} {noise_std=}")
     matrix_max = 1 << (matrix_bits - 1)
-    largest = rows * (1 << (value_bits - 1)) * matrix_max + 12 * noise_std
-    log_t = 1 + math.ceil(math.log2(largest + 1))
+    # in integers: a logarithm in floating point loses the one that keeps +t/2 out
+    largest = rows * (1 << (value_bits - 1)) * matrix_max + math.ceil(12 * noise_std)
+    log_t = 1 + largest.bit_length()
     if log_t > 50:
         raise Refused(
             f"a sum over {rows} rows of {value_bits}-bit values times {matrix_bits}-bit entries needs t=2^{log_t}, the "
@@ -82,7 +86,7 @@ def choose_sum(*, parties: int) -> BFVParameters:
     """Parameters of a sum of fresh ciphertexts of `parties` banks under one key: t as large as stays exact."""
     if parties < 1:
         raise Refused(f"a sum needs at least one party, got {parties}")
-    noise = min(12 * 3.3 * math.sqrt(parties), 21.5 * parties)
+    noise = min(12 * 3.3 * math.sqrt(parties), _FRESH_NOISE * parties)
     log_t = min(48, 60 - 1 - 1 - math.ceil(math.log2(noise)))
     if log_t < 40:
         raise Refused(f"a sum over {parties} parties leaves t=2^{log_t}, the limit is 2^40; sum in groups")
@@ -91,7 +95,9 @@ def choose_sum(*, parties: int) -> BFVParameters:
 
 def slots_per_coefficient(parameters: BFVParameters, largest_sum: int) -> tuple[int, int]:
     """(slots, bits of a slot) with which signed sums of magnitude at most `largest_sum` are packed."""
-    width = 1 + max(1, math.ceil(math.log2(largest_sum + 1)))
+    if largest_sum < 0:
+        raise Refused(f"a bound of {largest_sum} for magnitudes; give 0 or more")
+    width = 1 + max(1, largest_sum.bit_length())
     if width > parameters.log_t:
         raise Refused(
             f"sums up to {largest_sum} need {width} bits, a coefficient has {parameters.log_t}; scale the values down"

@@ -7,9 +7,11 @@ Assumption: SEAL 4.x serialisation (16-byte header: magic, header size, version,
 Source: Microsoft SEAL 4 `serialization.h`, `plaintext.cpp`, `ciphertext.cpp`, `dynarray.h`.
 """
 
+import math
 import os
 import struct
-import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -22,23 +24,24 @@ UInt64 = npt.NDArray[np.uint64]
 
 _MAGIC = b"\x5e\xa1"
 _HEADER = 16
-_OWN_FILE = threading.local()
 
 
-def _file() -> int:
-    """One memory file per thread: a vault may serve several threads."""
-    if not hasattr(_OWN_FILE, "descriptor"):
-        _OWN_FILE.descriptor = os.memfd_create("seal", os.MFD_CLOEXEC)
-    return int(_OWN_FILE.descriptor)
+@contextmanager
+def _memory_file() -> Iterator[int]:
+    """A memory file for one transfer (8 microseconds): one that lived on would be shared with a forked process, which
+    could then read another's secret key, and would leak a descriptor for every thread that ends."""
+    descriptor = os.memfd_create("seal", os.MFD_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def dump(seal_object: Any) -> bytes:
     """SEAL's own serialisation of a plaintext, ciphertext or key (seed-compressed where SEAL can)."""
-    descriptor = _file()
-    seal_object.save(f"/proc/self/fd/{descriptor}")
-    data = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
-    os.ftruncate(descriptor, 0)
-    return data
+    with _memory_file() as descriptor:
+        seal_object.save(f"/proc/self/fd/{descriptor}")
+        return os.pread(descriptor, os.fstat(descriptor).st_size, 0)
 
 
 def load(seal_object: Any, context: Any, data: bytes, what: str) -> Any:
@@ -48,16 +51,33 @@ def load(seal_object: Any, context: Any, data: bytes, what: str) -> Any:
     """
     if len(data) < _HEADER or data[:2] != _MAGIC or struct.unpack_from("<Q", data, 8)[0] != len(data):
         raise Refused(f"{what}: {len(data)} bytes are not a SEAL object; the message is damaged, send it again")
-    descriptor = _file()
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, data, 0)
-    try:
-        seal_object.load(context, f"/proc/self/fd/{descriptor}")
-    except (RuntimeError, ValueError) as error:
-        raise Refused(f"{what}: SEAL refuses the bytes ({error}); the message is damaged, send it again") from None
-    finally:
-        os.ftruncate(descriptor, 0)
+    with _memory_file() as descriptor:
+        os.pwrite(descriptor, data, 0)
+        try:
+            seal_object.load(context, f"/proc/self/fd/{descriptor}")
+        except (RuntimeError, ValueError) as error:
+            raise Refused(f"{what}: SEAL refuses the bytes ({error}); the message is damaged, send it again") from None
     return seal_object
+
+
+def load_ciphertext(context: Any, level: list[int], data: bytes, what: str) -> Any:
+    """Load a ciphertext as this protocol sends it: two components, coefficient form, at `level`, not transparent.
+
+    SEAL itself also admits none or three components, NTT form and any level; an evaluator would stop on them half-way,
+    and a transparent one (second component zero) is a plaintext in disguise. All of these are `Refused`.
+    """
+    ciphertext = load(sealapi.Ciphertext(context), context, data, what)
+    if (
+        ciphertext.size() != 2
+        or ciphertext.parms_id() != level
+        or ciphertext.is_ntt_form()
+        or ciphertext.is_transparent()
+    ):
+        raise Refused(
+            f"{what}: not a ciphertext of this step (components: {ciphertext.size()}, expected 2 in coefficient form, "
+            "encrypted, with the primes of the step); the sender is wrong or the message is damaged, stop the job"
+        )
+    return ciphertext
 
 
 def _header(total: int) -> bytes:
@@ -78,7 +98,10 @@ def plaintext(context: Any, coefficients: UInt64) -> Any:
 
 
 def trivial_ciphertext(context: Any, parms_id: list[int], residues: UInt64) -> Any:
-    """The ciphertext (f, 0), f given by its residues modulo each prime of the level: uint64[primes, N]."""
+    """The ciphertext (f, 0), f given by its residues modulo each prime of the level: uint64[primes, N].
+
+    It hides nothing; it is what one adds to another ciphertext.
+    """
     primes, degree = residues.shape
     data = np.concatenate([residues.reshape(-1), np.zeros(primes * degree, np.uint64)])
     body = struct.pack("<4Q", *parms_id) + b"\x00" + struct.pack("<3Q", 2, degree, primes)
@@ -87,7 +110,7 @@ def trivial_ciphertext(context: Any, parms_id: list[int], residues: UInt64) -> A
 
 
 def coefficients(polynomial: Any, indices: npt.NDArray[np.int64]) -> UInt64:
-    """The coefficients of a SEAL plaintext at `indices` (beyond its degree: zero)."""
+    """The coefficients of a SEAL plaintext at `indices` (beyond its degree: zero), uint64[len(indices)]."""
     count = polynomial.coeff_count()
     return np.array([polynomial.data(i) if i < count else 0 for i in indices.tolist()], dtype=np.uint64)
 
@@ -126,14 +149,15 @@ def self_test() -> None:
     values = (np.arange(4096, dtype=np.uint64) * np.uint64(2654435761)) & np.uint64((1 << 20) - 1)
     encrypted = sealapi.Ciphertext(context)
     encryptor.encrypt_symmetric(plaintext(context, values), encrypted)
-    level = context.first_context_data().parms()
-    moduli = [int(m.value()) for m in level.coeff_modulus()]
-    # 2^20 * 4096 = a multiple of q/t steps far below the noise bound: must not change the message
-    shift = np.array([[4096] * 4096 for _ in moduli], dtype=np.uint64)
-    sealapi.Evaluator(context).add_inplace(encrypted, trivial_ciphertext(context, context.first_parms_id(), shift))
+    moduli = [int(m.value()) for m in context.first_context_data().parms().coeff_modulus()]
+    # f = k floor(q / t) adds k to the message: k differs from place to place, so a lost or misplaced f shows
+    step, added = math.prod(moduli) >> 20, np.arange(4096, dtype=np.uint64) % np.uint64(5)
+    shift = np.array([[k * step % modulus for k in added.tolist()] for modulus in moduli], dtype=np.uint64)
+    level = context.first_parms_id()
+    sealapi.Evaluator(context).add_inplace(encrypted, trivial_ciphertext(context, level, shift))
     opened = sealapi.Plaintext()
-    decryptor.decrypt(load(sealapi.Ciphertext(context), context, dump(encrypted), "self-test"), opened)
-    if not np.array_equal(coefficients(opened, np.arange(4096)), values):
+    decryptor.decrypt(load_ciphertext(context, level, dump(encrypted), "self-test"), opened)
+    if not np.array_equal(coefficients(opened, np.arange(4096)), (values + added) & np.uint64((1 << 20) - 1)):
         raise Refused("self-test: SEAL does not read our serialisation exactly; install tenseal==0.3.18")
 
 

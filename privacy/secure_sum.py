@@ -40,10 +40,10 @@ def pack(values: Int64, largest_sum: int, parameters: BFVParameters) -> UInt64:
 
     `largest_sum` bounds the magnitude of every SUM over the parties; a single value beyond it is `Refused`.
     """
-    if values.size and int(np.abs(values).max()) > largest_sum:
+    # not np.abs: that of the least int64 is negative; the value itself is a secret and stays out of the message
+    if values.size and (int(values.max()) > largest_sum or int(values.min()) < -largest_sum):
         raise Refused(
-            f"a value of magnitude {int(np.abs(values).max())} goes into a secure sum bounded by {largest_sum}; "
-            "clip the values or raise the bound"
+            f"a value beyond the bound {largest_sum} goes into a secure sum; clip the values or raise the bound"
         )
     slots, width = slots_per_coefficient(parameters, largest_sum)
     padded = np.zeros(-(-len(values) // slots) * slots, np.int64)
@@ -56,8 +56,13 @@ def pack(values: Int64, largest_sum: int, parameters: BFVParameters) -> UInt64:
 
 
 def unpack(packed: UInt64, length: int, largest_sum: int, parameters: BFVParameters) -> Int64:
-    """The sums back, int64[length]; a sum beyond `largest_sum` means a damaged or shifted ciphertext: `Refused`."""
+    """The sums back, int64[length]; a sum beyond `largest_sum` means a damaged or shifted ciphertext: `Refused`.
+
+    A shift that stays within the bound passes: banks compare digests of what they opened (PROTOCOL rule 9).
+    """
     slots, width = slots_per_coefficient(parameters, largest_sum)
+    if len(packed) != -(-length // slots):
+        raise Refused(f"secure sum: {len(packed)} coefficients, {length} values take {-(-length // slots)}")
     remaining = parameters.log_t
     rest = packed & np.uint64(parameters.mask)
     columns = np.zeros((len(packed), slots), np.int64)
@@ -97,7 +102,11 @@ class ConsortiumKey:
         return seal_bytes.dump(self._secret)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the key, bound to nothing else: 32 random-looking bytes that reveal nothing of a 8 KB key."""
+        """SHA-256 of the key's serialisation, bound to nothing else; whoever signs it binds it to a job.
+
+        It lets a guess of the key be checked, and 4096 uniform ternary coefficients from a 512-bit seed cannot be
+        guessed. All banks need the same SEAL build, whose compression is part of what is hashed.
+        """
         return hashlib.sha256(b"xinyi consortium key" + self.secret_bytes()).hexdigest()
 
     def encrypt(self, masked: UInt64) -> bytes:
@@ -140,7 +149,8 @@ def _ciphertexts(context: Any, data: bytes) -> list[Any]:
         raise Refused("secure sum: not a list of ciphertexts; the message is damaged, send it again") from None
     if not isinstance(parts, list) or not all(isinstance(part, bytes) for part in parts):
         raise Refused("secure sum: not a list of ciphertexts; the message is damaged, send it again")
-    return [seal_bytes.load(sealapi.Ciphertext(context), context, part, "secure sum") for part in parts]
+    level = context.first_parms_id()
+    return [seal_bytes.load_ciphertext(context, level, part, "secure sum") for part in parts]
 
 
 def add_ciphertexts(encrypted: Sequence[bytes], parameters: BFVParameters) -> bytes:
@@ -158,7 +168,10 @@ def add_ciphertexts(encrypted: Sequence[bytes], parameters: BFVParameters) -> by
                 f"secure sum: banks sent {len(total)} and {len(parts)} ciphertexts; they disagree on the step"
             )
         for mine, other in zip(total, parts, strict=True):
-            evaluator.add_inplace(mine, other)
+            try:
+                evaluator.add_inplace(mine, other)
+            except RuntimeError as error:  # SEAL stops on a transparent sum: somebody sent the negative of another's
+                raise Refused(f"secure sum: the ciphertexts cancel ({error}); a bank deviates, stop the job") from None
     if total is None:
         raise Refused("secure sum: no bank sent anything")
     return bytes(msgpack.packb([seal_bytes.dump(part) for part in total]))

@@ -11,6 +11,7 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -37,10 +38,17 @@ def _one_line() -> Iterator[None]:
     """Whatever is the user's to mend ends in one line and exit code 2."""
     try:
         yield
-    except (DataError, Refused, JobStoppedError, FileExistsError, ValueError) as error:
-        text = " ".join(str(error).split())
+    except (DataError, Refused, JobStoppedError, FileExistsError, ValidationError) as error:
+        text = _terms(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {text}", markup=False)
         raise typer.Exit(BAD_INPUT) from None
+
+
+def _terms(error: ValidationError) -> str:
+    """Terms that no contract may have: the first of them in words."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where} {first.get('input')}: {first['msg']}" if where else str(first["msg"])
 
 
 @app.callback()
@@ -67,7 +75,7 @@ def run(
     with _one_line():
         wires: dict[str, Wire] = {"memory": "memory", "ray": "ray"}
         if wire not in wires:
-            raise ValueError(f"--wire {wire}: there are memory and ray")
+            raise DataError(f"--wire {wire}: there are memory and ray")
         federation = load(folder, split=split, banks=banks, seed=seed)
         options = Options(rounds=rounds, epsilon=epsilon, delta=delta, wire=wires[wire])
         finished = _with_progress(lambda watch: run_job(federation, options, watch))

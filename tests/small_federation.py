@@ -6,15 +6,24 @@ missing cells, special codes, atoms and categories, and every owner lacks a part
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import numpy.typing as npt
 from flwr.app import Message
 
+from fl_clients.bank import Bank
 from fl_clients.contract import PrivacyTerms
-from fl_clients.courier import client_app, from_record, to_record
+from fl_clients.courier import client_app, from_record
+from fl_clients.data import BankData
+from fl_clients.data import OwnerData as VaultOwnerData
+from fl_clients.feature_owner import FeatureOwner
+from fl_clients.protocol import Letter, Request, Step, decode_request
+from fl_clients.session import Session
 from fl_server.coordinator import Coordinator, Outcome
 from models.scorecard import ScorecardSettings
+from privacy import blind_aggregate, blind_sum, secure_sum
 from simulations.federation_folder import BankTable, BaselineSettings, Column, Federation, OwnerTable, locate
 from simulations.job import Parties, make_parties, noise_totals
 from simulations.memory_grid import MemoryGrid
@@ -53,7 +62,9 @@ def small_federation(banks: int = 3, owners: int = 2, enterprises: int = 1500, s
     overdue = np.floor(np.exp(rng.normal(size=n) + 0.8 * risk)).astype(np.float64)
     overdue[rng.random(n) < 0.1] = -99.0
     overdue[rng.random(n) < 0.03] = -98.0
-    industry = rng.choice(np.array(["retail", "build", "farm", "other", None], dtype=object), n, p=[0.4, 0.3, 0.2, 0.05, 0.05])
+    industry = rng.choice(
+        np.array(["retail", "build", "farm", "other", None], dtype=object), n, p=[0.4, 0.3, 0.2, 0.05, 0.05]
+    )
     bureau = 600.0 - 40.0 * risk + 30.0 * rng.normal(size=n)
     bureau[rng.random(n) < 0.1] = -1.0
     grade = np.array(["A", "B", "C"], dtype=object)[np.clip(np.digitize(risk + rng.normal(size=n), [-0.5, 0.5]), 0, 2)]
@@ -113,12 +124,13 @@ def small_parties(
     epsilon: float | None = None,
     least_banks: int | None = None,
     forward_noise: float = 1.0,
+    max_bins: int = 6,
 ) -> Parties:
     """Parties of a job with few bins, ready to run."""
     settings = ScorecardSettings(
         rounds=rounds,
-        max_bins_bank=6,
-        max_bins_owner=6,
+        max_bins_bank=max_bins,
+        max_bins_owner=max_bins,
         forward_noise=forward_noise,
         cross_tabs=epsilon is None,
     )
@@ -188,6 +200,23 @@ def pooled_of(federation: Federation) -> PooledData:
     )
 
 
+def assert_equals_twin(federation: Federation, parties: Parties, outcome: Outcome) -> None:
+    """Every party's model is the twin's: bins, integer weights, intercept. A model that learned nothing fails."""
+    twin = twin_of(federation, parties, outcome)
+    for name, bank in parties.banks.items():
+        model = bank.model()
+        assert model["weights"] == twin.bank_weights.tolist(), name
+        assert model["intercept"] == twin.intercept, name
+        assert model["tower"] == twin.bank.to_json(), name
+    for name, owner in parties.owners.items():
+        model = owner.model()
+        assert model["weights"] == twin.owner_weights[name].tolist(), name
+        assert model["tower"] == twin.owners[name].to_json(), name
+    # a run in which nothing is learned would be equal as well
+    assert any(twin.bank_weights)
+    assert all(any(weights) for weights in twin.owner_weights.values())
+
+
 def twin_of(federation: Federation, parties: Parties, outcome: Outcome) -> TwinResult:
     """The plaintext twin of a run, with the noise that the run drew."""
     return run_twin(
@@ -211,28 +240,138 @@ class Exchanged:
     """One request of a run and its reply, as bytes."""
 
     party: str
+    step: str
+    attempt: int
     request: bytes
     reply: bytes
 
 
 @dataclass(frozen=True, kw_only=True)
+class Seen:
+    """One thing that a party saw in plaintext, or had before it went out.
+
+    kind: "letter" and "post" (opened mail), "total" (an opened secure sum), "S" (an unmasked aggregate), "z" (an opened
+    blind sum); its own: "v" (a bank's residuals before encryption), "part" (an owner's partial scores before masking;
+    sender = the receiving bank), "summand" (a bank's noised integers before masks), "cells" (an owner's 0/1 matrix;
+    sender = the bank).
+    """
+
+    party: str
+    step: str
+    kind: str
+    sender: str
+    content: Any
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecordedRun:
-    """A whole run with everything that crossed the wire, and everything that each party decrypted."""
+    """A whole run: what the coordinator handled (`transcript`), every exchange, and what each party saw in plaintext."""
 
     federation: Federation
     parties: Parties
     outcome: Outcome
     transcript: tuple[bytes, ...]
     exchanged: tuple[Exchanged, ...]
-    opened_letters: Mapping[str, tuple[tuple[str, str, object], ...]]
-    """Party -> (step the letter was written in, sender, content)."""
-    opened_sums: Mapping[str, tuple[tuple[str, npt.NDArray[np.int64]], ...]]
-    """Bank -> (step of the sum, total)."""
-    unmasked: Mapping[str, tuple[npt.NDArray[np.int64], ...]]
-    """Owner -> S of every round."""
-    job_public: Mapping[str, bytes]
+    seen: tuple[Seen, ...]
+    sessions: Mapping[str, Session]
+    bank_data: Mapping[str, BankData]
+    owner_data: Mapping[str, VaultOwnerData]
+
+    def of(self, kind: str, party: str, step: str | None = None) -> list[Seen]:
+        return [s for s in self.seen if (s.kind, s.party) == (kind, party) and step in (None, s.step)]
 
 
-def pack_record(payload: bytes) -> object:
-    """For tests of the wire format."""
-    return to_record(payload)
+def record(federation: Federation, parties: Parties, tap: Tap = untouched) -> RecordedRun:
+    """Run the job and record it. The taps only look: what the parties compute is unchanged."""
+    exchanged: list[Exchanged] = []
+    seen: list[Seen] = []
+    transcript: list[bytes] = []
+    roles = {**parties.banks, **parties.owners}
+    # kept here, for the vaults forget them at the end
+    sessions = {name: role._session for name, role in roles.items()}
+    bank_data = {name: bank._data for name, bank in parties.banks.items()}
+    owner_data = {name: owner._data for name, owner in parties.owners.items()}
+    now = ["", ""]  # party and step being handled; the in-memory grid handles one message at a time
+
+    def note(kind: str, sender: str, content: Any) -> None:
+        seen.append(Seen(party=now[0], step=now[1], kind=kind, sender=sender, content=content))
+
+    def watched(party: str, data: bytes, call: Call) -> bytes:
+        def inner(passed: bytes) -> bytes:
+            request = decode_request(passed, parties.contract)
+            now[:] = [party, request.step]
+            reply = call(passed)
+            exchanged.append(
+                Exchanged(party=party, step=request.step, attempt=request.attempt, request=passed, reply=reply)
+            )
+            return reply
+
+        return tap(party, data, inner)
+
+    letters, posts, open_sum = Session.letters, Session.posts, Bank._open_sum
+    share, pack = FeatureOwner._share, secure_sum.pack
+    unmask, encrypt, open_blind = blind_aggregate.unmask, blind_aggregate.BankKey.encrypt, blind_sum.open_sum
+
+    def note_letters(self: Session, *args: Any, **kwargs: Any) -> Any:
+        contents = letters(self, *args, **kwargs)
+        for sender, content in contents.items():
+            note("letter", sender, content)
+        return contents
+
+    def note_posts(self: Session, *args: Any, **kwargs: Any) -> Any:
+        contents = posts(self, *args, **kwargs)
+        for sender, content in contents.items():
+            note("post", sender, content)
+        return contents
+
+    def note_total(self: Bank, request: Request) -> Any:
+        total = open_sum(self, request)
+        note("total", "", total)
+        return total
+
+    def note_unmasked(*args: Any) -> Any:
+        sums = unmask(*args)
+        note("S", "", sums)
+        for bank, cells in parties.owners[now[0]]._cells.items():
+            note("cells", bank, cells)
+        return sums
+
+    def note_encrypted(self: Any, values: Any, packing: int) -> bytes:
+        note("v", "", values.copy())
+        return encrypt(self, values, packing)
+
+    def note_blind(*args: Any) -> Any:
+        total = open_blind(*args)
+        note("z", "", total)
+        return total
+
+    def note_part(self: FeatureOwner, step: Step, request: Request, bank: str, values: Any) -> Letter:
+        note("part", bank, values.copy())
+        return share(self, step, request, bank, values)
+
+    def note_summand(values: Any, largest: int, parameters: Any) -> Any:
+        note("summand", "", values.copy())
+        return pack(values, largest, parameters)
+
+    with (
+        patch.object(FeatureOwner, "_share", note_part),
+        patch.object(secure_sum, "pack", note_summand),
+        patch.object(Session, "letters", note_letters),
+        patch.object(Session, "posts", note_posts),
+        patch.object(Bank, "_open_sum", note_total),
+        patch.object(blind_aggregate, "unmask", note_unmasked),
+        patch.object(blind_aggregate.BankKey, "encrypt", note_encrypted),
+        patch.object(blind_sum, "open_sum", note_blind),
+    ):
+        outcome = run_tapped(parties, watched, transcript)
+    return RecordedRun(
+        federation=federation,
+        parties=parties,
+        outcome=outcome,
+        transcript=tuple(transcript),
+        exchanged=tuple(exchanged),
+        seen=tuple(seen),
+        sessions=sessions,
+        bank_data=bank_data,
+        owner_data=owner_data,
+    )
