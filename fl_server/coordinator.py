@@ -226,7 +226,10 @@ class Coordinator:
             bytes_in += len(data)
             reply = self._read(data, party, requests[party])
             self._count(party, COORDINATOR, len(data))
-            self._take(reply, step, summands)
+            try:
+                self._take(reply, step, summands)
+            except (Refused, KeyError, TypeError, ValueError) as error:
+                raise JobStoppedError(f"{party} sent a bad reply to step {step.name}: {error}") from None
         self._steps.append(
             StepRecord(
                 step=step.name,
@@ -287,6 +290,10 @@ class Coordinator:
         return reply
 
     def _take(self, reply: Reply, step: Step, summands: dict[str, bytes]) -> None:
+        """Mail in another party's name would not open; stopping here names the one who sent it."""
+        for mail in (*reply.letters, *reply.posts):
+            if mail.sender != reply.party or mail.step != step.name:
+                raise Refused(f"mail of {mail.sender} for step {mail.step} came from {reply.party}")
         self._mail.letters.extend(reply.letters)
         self._mail.posts.extend(reply.posts)
         if reply.summand is not None:

@@ -11,7 +11,7 @@ Source: PROTOCOL "BFV parameters"; homomorphicencryption.org standard (2018), ta
     noise    = 21.5 * rows * max|A| * features         (largest fresh noise plus rounding, times the L1 norm of A)
     hiding   = 100 - log2(noise) - 20                  (flooding by uniform 100-bit integers)
 The 20 bits: a round releases N = 2^13 coefficients for each group of rows of A; each shifts its flood by at most 21.5
-times the L1 norm of its group, and the norms of the groups add up to that of A. All groups together are therefore within
+times the L1 norm of its group, and the norms of the groups add up to that of A. So all groups together are within
 2^13 noise / 2^100 of uniform, and a job may have 2^7 rounds.
 """
 

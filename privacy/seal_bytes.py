@@ -118,9 +118,12 @@ def coefficients(polynomial: Any, indices: npt.NDArray[np.int64]) -> UInt64:
 def make_context(degree: int, prime_bits: tuple[int, ...], log_t: int) -> Any:
     """A BFV context with power-of-two plaintext modulus; SEAL enforces 128-bit security (TC128) or we refuse."""
     parameters = sealapi.EncryptionParameters(sealapi.SCHEME_TYPE.BFV)
-    parameters.set_poly_modulus_degree(degree)
-    parameters.set_coeff_modulus(sealapi.CoeffModulus.Create(degree, list(prime_bits)))
-    parameters.set_plain_modulus(1 << log_t)
+    try:
+        parameters.set_poly_modulus_degree(degree)
+        parameters.set_coeff_modulus(sealapi.CoeffModulus.Create(degree, list(prime_bits)))
+        parameters.set_plain_modulus(1 << log_t)
+    except (RuntimeError, ValueError) as error:
+        raise Refused(f"BFV N={degree}, primes {prime_bits}, t=2^{log_t}: SEAL knows no such set ({error})") from None
     context = sealapi.SEALContext(parameters, True, sealapi.SEC_LEVEL_TYPE.TC128)
     if not context.parameters_set():
         raise Refused(

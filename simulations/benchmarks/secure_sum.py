@@ -92,7 +92,7 @@ def measure_ours(name: str, size: Size, *, largest_value: int) -> Figures:
     largest_sum = size.banks * largest_value
     length = packed_length(size.parameters, largest_sum, parameters)
     banks = tuple(f"bank_{number}" for number in range(size.banks))
-    keys = {bank: JobKeys() for bank in banks}
+    keys = {bank: JobKeys.generate() for bank in banks}
     consortium = ConsortiumKey(parameters)
     modulus = np.uint64(parameters.mask)
     masking, encrypting, encrypted = [], [], []
