@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from fl_clients.contract import Contract
 from fl_clients.data import BankData, LabelledRows
+from fl_clients.matching import Matching, announced_size
 from fl_clients.protocol import Audience, Letter, Post, Request, Step, StepKind
 from fl_clients.session import Session
 from fl_clients.vault import Outgoing
@@ -27,6 +28,7 @@ from privacy.errors import Refused
 from privacy.masks import pairwise_mask
 from privacy.noise import NoiseSource
 from privacy.parameters import rows_per_ciphertext
+from privacy.permutation import random_order
 from privacy.secure_sum import ConsortiumKey
 
 Int64 = npt.NDArray[np.int64]
@@ -55,9 +57,17 @@ class Bank:
     def __init__(self, *, name: str, contract: Contract, data: BankData, noise: NoiseSource) -> None:
         self._name = name
         self._contract = contract
-        self._data = data
         self._noise = noise
         self._session = Session(contract, name)
+        # a fresh order per job: the file's leaks dates and labels (PROTOCOL rule 11)
+        training, held_out = random_order(len(data.training.label)), random_order(len(data.held_out.label))
+        self._training = _in_order(data.training, training)
+        self._held_out = _in_order(data.held_out, held_out)
+        self._ids = [*data.training.ids, *data.held_out.ids]
+        self._order = np.concatenate([training, len(training) + held_out])
+        self._matching: Matching | None = None
+        self.known_rows: dict[str, int] = {}
+        """Own rows that each owner knows, once aligned; for this institution's eyes."""
         self._bank_key: blind_aggregate.BankKey | None = None
         self._consortium: ConsortiumKey | None = None
         self._pending: _Pending | None = None
@@ -81,6 +91,7 @@ class Bank:
         self._direction: Int64 = np.zeros(0, np.int64)
         self._a: tuple[float, ...] = ()
         self._alphas: tuple[int, ...] = ()
+        self._released: Int64 = np.zeros(0, np.int64)
         self.histogram: ScoreHistogram | None = None
 
     def __repr__(self) -> str:
@@ -99,6 +110,8 @@ class Bank:
                 return self._join(request)
             case StepKind.ROSTER:
                 return self._make_keys(request)
+            case StepKind.MATCH:
+                return self._match(step, request)
             case StepKind.BINS:
                 return self._bins_level(step, request)
             case StepKind.CROSS_TAB:
@@ -114,7 +127,7 @@ class Bank:
             case StepKind.EVALUATE:
                 return self._evaluate(step, request)
             case StepKind.RELEASE:
-                return self._release(request)
+                return self._release(step, request)
             case StepKind.CLOSE:
                 return Outgoing(released={"model": self.model_digest()})
             case _:
@@ -124,13 +137,36 @@ class Bank:
         """Forget keys and rows; the model stays."""
         self._bank_key = None
         self._consortium = None
-        del self._session, self._data, self._cells, self._score, self._directions, self._noise
+        self._row_step = None
+        del self._session, self._training, self._held_out, self._cells, self._score, self._directions, self._noise
 
     # --- opening the job -------------------------------------------------------------------------------------------
 
     def _join(self, request: Request) -> Outgoing:
-        announcement = self._session.announce(request, len(self._data.training.label), len(self._data.held_out.label))
-        return Outgoing(posts=(announcement,))
+        training, held_out = len(self._training.label), len(self._held_out.label)
+        size = announced_size(self._contract, training + held_out)
+        return Outgoing(posts=(self._session.announce(request, size, training, held_out),))
+
+    def _match(self, step: Step, request: Request) -> Outgoing:
+        """Private set intersection with every owner; the list is in this job's order, training rows first."""
+        if self._matching is None:
+            self._take_consortium_key(request)
+            self._matching = Matching(self._session, self._ids, self._order)
+        return Outgoing(letters=self._matching.step(step, request), posts=self._opened_post(request))
+
+    def _take_owner_bins(self, request: Request) -> None:
+        owners = [owner.name for owner in self._contract.owners]
+        contents = self._session.posts(request, Step(kind=StepKind.PREPARE), owners, "banks")
+        self._owner_bins = {name: int(content["bins"]) for name, content in contents.items()}
+
+    def _end_matching(self, request: Request) -> None:
+        if self._matching is None:
+            raise Refused("no alignment yet")
+        self._matching.finish(request)
+        for owner in self._contract.owners:
+            self.known_rows[owner.name] = int(self._matching.known(owner.name).sum())
+        self._matching.erase()
+        self._matching = None
 
     def _make_keys(self, request: Request) -> Outgoing:
         """Fresh BFV key for the aggregates; the first bank makes the consortium key and seals it to the others."""
@@ -147,13 +183,9 @@ class Bank:
             letters = [session.letter(request, bank, secret) for bank in request.participants if bank != self._name]
         return Outgoing(posts=tuple(posts), letters=tuple(letters))
 
-    def _take_keys(self, request: Request) -> None:
-        """The consortium key (its fingerprint signed by its maker) and the owners' numbers of bins."""
+    def _take_consortium_key(self, request: Request) -> None:
+        """The consortium key: sealed to this bank, its fingerprint signed by its maker."""
         session, roster_step = self._session, Step(kind=StepKind.ROSTER)
-        owners = [owner.name for owner in self._contract.owners]
-        self._owner_bins = {
-            name: int(content["bins"]) for name, content in session.posts(request, roster_step, owners, "banks").items()
-        }
         if self._consortium is None:
             maker = self._contract.banks[0].name
             signed = session.posts(request, roster_step, [maker], "banks")[maker]["fingerprint"]
@@ -267,11 +299,12 @@ class Bank:
 
     def _bins_level(self, step: Step, request: Request) -> Outgoing:
         session = self._session
-        training = self._data.training
+        training = self._training
         if step in self._begun:
             pass
         elif step.index == 1:
-            self._take_keys(request)
+            self._end_matching(request)
+            self._take_owner_bins(request)
             self._shared = SharedBinning(
                 specs=tuple(column.spec for column in self._contract.banks[0].columns),
                 rows=session.roster.training_rows,
@@ -297,11 +330,11 @@ class Bank:
     def _fit(self, last_level: Int64) -> None:
         self._shared = with_level(self._binning(), last_level)
         self._tower, self._bin_counts = fit_shared(self._shared)
-        self._cells = cells(self._tower, self._data.training.columns)
+        self._cells = cells(self._tower, self._training.columns)
         self._weights = np.zeros(self._tower.rows, np.int64)
         self._step = np.zeros(self._tower.rows, np.int64)
         self._intercept = logit_of_rate(self._shared.positives, self._session.roster.training_rows)
-        self._score = np.full(len(self._data.training.label), self._intercept, np.int64)
+        self._score = np.full(len(self._training.label), self._intercept, np.int64)
 
     def _cross_tab(self, step: Step, request: Request) -> Outgoing:
         if step not in self._begun:
@@ -340,7 +373,7 @@ class Bank:
             else:
                 self._end_round(total, step.round_number - 1)
         owners = [owner.name for owner in self._contract.owners]
-        values = residual(self._score, self._data.training.label)
+        values = residual(self._score, self._training.label)
         tower, own = self._fitted()
         packing = self._packing()
         encrypted = self._own_key().encrypt(values, packing)
@@ -356,7 +389,7 @@ class Bank:
 
     def _packing(self) -> int:
         return rows_per_ciphertext(
-            bank_rows=len(self._data.training.label),
+            bank_rows=len(self._training.label),
             matrix_rows=sum(self._owner_bins.values()),
             owners=len(self._owner_bins),
         )
@@ -371,7 +404,7 @@ class Bank:
         key = self._own_key()
         for owner, bins in self._owner_bins.items():
             layout = blind_aggregate.Layout(
-                samples=len(self._data.training.label),
+                samples=len(self._training.label),
                 rows=bins,
                 rows_per_ciphertext=self._packing(),
                 degree=parameters.degree,
@@ -399,7 +432,7 @@ class Bank:
                 self._a = self._update(total, step.round_number)
         rows = line_search.design(self._directions, self._scales)
         trial = line_search.advance(self._score, self._directions, line_search.alphas(self._a, self._scales))
-        values = line_search.moments(rows, trial, self._data.training.label)
+        values = line_search.moments(rows, trial, self._training.label)
         gradient, curvature = self._search_stds(step.round_number)
         k = len(self._a)
         stds = [(k, gradient), (len(values) - k, curvature)] if gradient else ()
@@ -415,7 +448,7 @@ class Bank:
         session = self._session
         direction_step = Step(kind=StepKind.DIRECTION, round_number=step.round_number)
         contents = session.letters(request, direction_step, self._owner_bins)
-        rows = len(self._data.training.label)
+        rows = len(self._training.label)
         shares = [contents[owner]["share"] for owner in self._owner_bins]
         # the last number is the sum of the owners' spreads: it scales the clipping of the line search
         summed = blind_sum.open_sum(shares, rows + 1)
@@ -463,7 +496,7 @@ class Bank:
         """Score the held-out rows by an exact blind sum; their histogram goes into a secure sum."""
         session = self._session
         contents = session.letters(request, Step(kind=StepKind.SCORE), self._owner_bins)
-        held_out: LabelledRows = self._data.held_out
+        held_out: LabelledRows = self._held_out
         shares = [contents[owner]["share"] for owner in self._owner_bins]
         tower, _ = self._fitted()
         score = self._intercept + scorecard.apply(cells(tower, held_out.columns), self._weights)
@@ -477,11 +510,12 @@ class Bank:
         summand = self._summand(step, request, vector, largest, [(len(vector), std)] if std else ())
         return Outgoing(summand=summand)
 
-    def _release(self, request: Request) -> Outgoing:
+    def _release(self, step: Step, request: Request) -> Outgoing:
         """Open the pooled histogram; the contract lets the coordinator have it."""
-        total = self._open_sum(request)
-        self.histogram = ScoreHistogram.from_vector(total)
-        return Outgoing(released={"histogram": total.tolist()}, posts=self._opened_post(request))
+        if step not in self._begun:
+            self._released = self._open_sum(request)
+            self.histogram = ScoreHistogram.from_vector(self._released)
+        return Outgoing(released={"histogram": self._released.tolist()}, posts=self._opened_post(request))
 
     # --- what the institution keeps --------------------------------------------------------------------------------
 
@@ -499,3 +533,11 @@ class Bank:
 
     def model_digest(self) -> str:
         return hashlib.sha256(repr(sorted(self.model().items(), key=lambda item: item[0])).encode()).hexdigest()
+
+
+def _in_order(rows: LabelledRows, order: Int64) -> LabelledRows:
+    return LabelledRows(
+        ids=(),  # the ids stay in the table's order, for the alignment
+        label=rows.label[order],
+        columns={name: values[order] for name, values in rows.columns.items()},
+    )

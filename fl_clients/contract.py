@@ -69,6 +69,17 @@ class PrivacyTerms(_Frozen):
     """Banks that may subtract their own noise shares: at least the one that looks; None: all but two."""
 
 
+class AlignmentTerms(_Frozen):
+    """How enterprises are matched. `bucket`: list sizes are rounded up to a multiple of it before anybody sees them.
+
+    `one_sided`: allows the faster form in which one side publishes keyed values of its whole list (its leak beyond the
+    two-way form: docs/private-set-intersection.md).
+    """
+
+    bucket: int = Field(default=1024, ge=1, le=1 << 20)
+    one_sided: bool = True
+
+
 class Contract(_Frozen):
     """The terms of one job. `hash` identifies it everywhere."""
 
@@ -81,6 +92,7 @@ class Contract(_Frozen):
     parties: tuple[PartyTerms, ...]
     model: ModelTerms
     privacy: PrivacyTerms
+    alignment: AlignmentTerms = AlignmentTerms()
     least_banks: int = Field(ge=1)
     """Banks needed to go on when one dies; with fewer the run stops. Feature owners can never be left out."""
 

@@ -1,11 +1,7 @@
-"""The tables that an institution's vault holds for one job, rows in the order of the alignment.
+"""The tables that an institution's vault holds for one job."""
 
-The alignment (who is whose customer, in a fresh random order per job and bank) is made outside; until private set
-intersection lands it is made by the simulator and named as a stand-in in the report.
-"""
-
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +13,9 @@ Int64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class LabelledRows:
-    """A bank's rows: `label` int8[n] in {0, 1}, `columns` by name, each of length n."""
+    """A bank's rows: distinct `ids` of its enterprises, `label` int8[n] in {0, 1}, `columns` by name of length n."""
 
+    ids: Sequence[str]
     label: Int8
     columns: Mapping[str, Column]
 
@@ -33,7 +30,7 @@ class BankData:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class AlignedRows:
-    """For one bank: this owner's row of each of the bank's rows, int64[n], -1 where the owner knows nothing."""
+    """What alignment gives an owner for one bank: its own row of each of the bank's rows, int64[n], -1 = unknown."""
 
     training: Int64
     held_out: Int64
@@ -41,8 +38,7 @@ class AlignedRows:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class OwnerData:
-    """A feature owner's table, all its enterprises, and its alignment with each bank."""
+    """A feature owner's table: all its enterprises, by distinct id."""
 
+    ids: Sequence[str]
     columns: Mapping[str, Column]
-    rows: int
-    aligned: Mapping[str, AlignedRows] = field(default_factory=dict)

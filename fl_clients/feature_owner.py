@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fl_clients.contract import Contract
-from fl_clients.data import OwnerData
+from fl_clients.data import AlignedRows, OwnerData
+from fl_clients.matching import Matching, announced_size
 from fl_clients.protocol import Audience, Letter, Request, Step, StepKind
 from fl_clients.session import Session
 from fl_clients.vault import Outgoing
@@ -44,10 +45,13 @@ class FeatureOwner:
         self._noise = noise
         self._session = Session(contract, name)
         self._pads = OneTimePad()
+        self._matching: Matching | None = None
+        self._aligned: dict[str, AlignedRows] = {}
         self._tower: Tower | None = None
         self._cells: dict[str, Int32] = {}
         self._cross_tab: Int64 = np.zeros((0, 0), np.int64)
         self._factor: npt.NDArray[np.float64] | None = None
+        self._bank_keys: dict[str, bytes] = {}
         self._designs: dict[str, blind_aggregate.OwnerDesign] = {}
         self._weights: Int64 = np.zeros(0, np.int64)
         self._step: Int64 = np.zeros(0, np.int64)
@@ -60,8 +64,17 @@ class FeatureOwner:
     def perform(self, step: Step, request: Request) -> Outgoing:
         match step.kind:
             case StepKind.JOIN:
-                return Outgoing(posts=(self._session.announce(request, 0, 0),))
+                size = announced_size(self._contract, len(self._data.ids))
+                return Outgoing(posts=(self._session.announce(request, size),))
             case StepKind.ROSTER:
+                self._session.admit_roster(request)
+                return Outgoing()
+            case StepKind.MATCH:
+                if self._matching is None:
+                    self._take_bank_keys(request)
+                    self._matching = Matching(self._session, self._data.ids, None)
+                return Outgoing(letters=self._matching.step(step, request))
+            case StepKind.PREPARE:
                 return self._prepare(request)
             case StepKind.AGGREGATE:
                 return self._aggregate(step, request)
@@ -76,18 +89,20 @@ class FeatureOwner:
 
     def destroy(self) -> None:
         """Forget keys, pads and rows; the model stays."""
-        del self._session, self._pads, self._data, self._cells, self._designs, self._noise
+        del self._session, self._pads, self._data, self._aligned, self._cells, self._designs, self._noise
 
     def _prepare(self, request: Request) -> Outgoing:
         """Fit the bins, place every bank's rows in them; the banks learn how many bins there are."""
         session, contract = self._session, self._contract
-        session.admit_roster(request)
+        if self._matching is None:
+            raise Refused("no alignment yet")
+        self._matching.finish(request)
         for bank in contract.banks:
-            aligned = self._data.aligned[bank.name]
-            announced = session.roster.announcements[bank.name]
-            if (len(aligned.training), len(aligned.held_out)) != (announced.training_rows, announced.held_out_rows):
-                raise Refused(f"the alignment with {bank.name} has other row counts than it announced; align again")
-        if not any((self._data.aligned[bank.name].training >= 0).any() for bank in contract.banks):
+            rows, training = self._matching.rows(bank.name), session.roster.announcements[bank.name].training_rows
+            self._aligned[bank.name] = AlignedRows(training=rows[:training], held_out=rows[training:])
+        self._matching.erase()
+        self._matching = None
+        if not any((aligned.training >= 0).any() for aligned in self._aligned.values()):
             raise Refused(f"no enterprise of the banks is known to {self._name}; leave it out of the job")
         model = contract.model
         # bins from all rows of the owner's own table; no label and no bank's list takes part
@@ -117,7 +132,7 @@ class FeatureOwner:
             )
 
     def _place(self, bank: str, held_out: bool) -> Int32:
-        aligned = self._data.aligned[bank]
+        aligned = self._aligned[bank]
         index = aligned.held_out if held_out else aligned.training
         known = index >= 0
         columns = {name: values[np.where(known, index, 0)] for name, values in self._data.columns.items()}
@@ -137,7 +152,7 @@ class FeatureOwner:
         residuals = session.posts(request, residual_step, banks, "owners", same_exchange=True)
         if step.round_number == 1:
             self._precondition(self._agreed(news, "positives"))
-            self._take_bank_keys(request, residuals)
+            self._make_designs(request, residuals)
         else:
             self._take_step(step.round_number - 1, self._agreed(news, "alphas"))
         parameters = session.roster.aggregate_parameters
@@ -170,10 +185,12 @@ class FeatureOwner:
             roster.noise_stds.gradient,
         )
 
-    def _take_bank_keys(self, request: Request, residuals: Mapping[str, dict[str, object]]) -> None:
-        session = self._session
-        parameters = session.roster.aggregate_parameters
-        keys = session.posts(request, Step(kind=StepKind.ROSTER), request.participants, "owners")
+    def _take_bank_keys(self, request: Request) -> None:
+        keys = self._session.posts(request, Step(kind=StepKind.ROSTER), request.participants, "owners")
+        self._bank_keys = {bank: content["bank_key"] for bank, content in keys.items()}
+
+    def _make_designs(self, request: Request, residuals: Mapping[str, dict[str, object]]) -> None:
+        parameters = self._session.roster.aggregate_parameters
         for bank in request.participants:
             packing = int(str(residuals[bank]["rows_per_ciphertext"]))
             layout = blind_aggregate.Layout(
@@ -182,7 +199,7 @@ class FeatureOwner:
                 rows_per_ciphertext=packing,
                 degree=parameters.degree,
             )
-            design = blind_aggregate.OwnerDesign(self._cells[bank], layout, parameters, keys[bank]["bank_key"])
+            design = blind_aggregate.OwnerDesign(self._cells[bank], layout, parameters, self._bank_keys[bank])
             self._designs[bank] = design
 
     def _take_step(self, round_number: int, alphas: object) -> None:
@@ -227,10 +244,10 @@ class FeatureOwner:
         self._direction = scorecard.direction(self._factor, sums, self._weights, self._fitted(), settings.penalty)
         spread = scorecard.spread(self._cross_tab, self._direction, session.roster.training_rows)
         std = round(settings.forward_noise * spread)
-        noise = self._noise.draw(f"forward/r{step.round_number}/{self._name}", self._data.rows, std)
+        noise = self._noise.draw(f"forward/r{step.round_number}/{self._name}", len(self._data.ids), std)
         letters = []
         for bank in request.participants:
-            index = self._data.aligned[bank].training
+            index = self._aligned[bank].training
             part = scorecard.apply(self._cells[bank], self._direction)
             part = part + np.where(index >= 0, noise[np.maximum(index, 0)], 0)
             letters.append(self._share(step, request, bank, np.append(part, np.int64(spread))))

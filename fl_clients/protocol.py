@@ -31,6 +31,8 @@ class StepKind(StrEnum):
 
     JOIN = "join"
     ROSTER = "roster"
+    MATCH = "match"
+    PREPARE = "prepare"
     BINS = "bins"
     CROSS_TAB = "cross_tab"
     RESIDUAL = "residual"
@@ -77,6 +79,8 @@ def schedule(contract: Contract) -> tuple[Exchange, ...]:
         return (Scheduled(step=Step(kind=kind, round_number=round_number, index=index), audience=audience),)
 
     exchanges = [single(StepKind.JOIN, "all"), single(StepKind.ROSTER, "all")]
+    exchanges += [single(StepKind.MATCH, "all", index=index) for index in (1, 2, 3)]
+    exchanges.append(single(StepKind.PREPARE, "owners"))
     exchanges += [single(StepKind.BINS, "banks", index=level) for level in range(1, LEVELS + 1)]
     if contract.settings.cross_tabs:
         exchanges.append(single(StepKind.CROSS_TAB, "banks"))
@@ -240,6 +244,9 @@ def encode_reply(reply: Reply, identity: SigningIdentity) -> bytes:
 def decode_reply(data: bytes, contract: Contract, party: str, request: Request) -> Reply:
     """Raises `Refused` unless `party` signed it as its answer to `request`."""
     reply: Reply = _decode(Reply, data, _REPLY, bytes.fromhex(contract.party(party).identity), party)
+    unread = reply.refused is not None and reply.step == "" and (reply.job, reply.party) == (request.job, party)
+    if unread:  # a vault that could not read the request cannot name its step
+        return reply
     if (reply.job, reply.step, reply.attempt, reply.party) != (request.job, request.step, request.attempt, party):
         raise Refused(f"{party} answered {reply.step} attempt {reply.attempt} to {request.step} {request.attempt}")
     return reply

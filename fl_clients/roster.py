@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 from fl_clients.contract import Contract
 from models.fixed_point import RESIDUAL_BITS
@@ -18,12 +19,16 @@ from privacy.accounting import Plan, default_delta, plan_job, scorecard_releases
 from privacy.noise import share_std
 from privacy.parameters import BFVParameters, choose_aggregate, choose_sum
 
+MatchingForm = Literal["two-way", "owners publish", "banks publish"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Announcement:
     """A party's word at the start: its key of this job and, of a bank, how many rows it brings (declared public)."""
 
     public: bytes
+    list_size: int
+    """Ids in its table, rounded up to the contract's bucket."""
     training_rows: int = 0
     held_out_rows: int = 0
 
@@ -46,6 +51,20 @@ class Roster:
     def delta(self) -> float:
         given = self.contract.privacy.delta
         return given if given is not None else default_delta(self.training_rows)
+
+    @cached_property
+    def matching_form(self) -> MatchingForm:
+        """The form of private set intersection with the fewest multiplications that the contract allows."""
+        if not self.contract.alignment.one_sided:
+            return "two-way"
+        banks = [self.announcements[bank.name].list_size for bank in self.contract.banks]
+        owners = [self.announcements[owner.name].list_size for owner in self.contract.owners]
+        costs: dict[MatchingForm, int] = {
+            "two-way": 2 * (len(owners) * sum(banks) + len(banks) * sum(owners)),
+            "owners publish": sum(owners) + 3 * len(owners) * sum(banks),
+            "banks publish": sum(banks) + 3 * len(banks) * sum(owners),
+        }
+        return min(costs, key=lambda form: costs[form])
 
     @cached_property
     def plan(self) -> Plan | None:

@@ -123,8 +123,13 @@ class Session:
             if post.sender == sender and post.audience == audience
         ]
 
-    def announce(self, request: Request, training_rows: int, held_out_rows: int) -> Post:
-        content = {"public": self.keys.public, "training_rows": training_rows, "held_out_rows": held_out_rows}
+    def announce(self, request: Request, list_size: int, training_rows: int = 0, held_out_rows: int = 0) -> Post:
+        content = {
+            "public": self.keys.public,
+            "list_size": list_size,
+            "training_rows": training_rows,
+            "held_out_rows": held_out_rows,
+        }
         return self.post(request, "all", content)
 
     def admit_roster(self, request: Request) -> None:

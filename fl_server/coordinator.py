@@ -176,7 +176,19 @@ class Coordinator:
                 ordered = [summands[bank] for bank in self._participants]
                 self._mail.summed = add_ciphertexts(ordered, choose_sum(parties=len(self._contract.banks)))
             except Refused as error:
-                raise JobStoppedError(str(error)) from None
+                raise JobStoppedError(f"{self._damaged(summands)}: {error}") from None
+
+    def _damaged(self, summands: Mapping[str, bytes]) -> str:
+        """Whose ciphertexts cannot be added, or have another number than the first bank's."""
+        parameters = choose_sum(parties=len(self._contract.banks))
+        first = summands[self._participants[0]]
+        for bank in self._participants:
+            try:
+                add_ciphertexts([summands[bank]], parameters)
+                add_ciphertexts([first, summands[bank]], parameters)
+            except Refused:
+                return bank
+        return ", ".join(self._participants)
 
     def _drop(self, lost: list[str], exchange: Exchange) -> None:
         names = ", ".join(lost)
@@ -184,7 +196,7 @@ class Coordinator:
         left = tuple(bank for bank in self._participants if bank not in lost)
         if set(lost) & set(self._owners):
             raise JobStoppedError(f"{names} died in step {step.name}; a feature owner cannot be left out, start again")
-        if step.kind in (StepKind.JOIN, StepKind.ROSTER):
+        if step.kind in (StepKind.JOIN, StepKind.ROSTER, StepKind.MATCH):
             raise JobStoppedError(f"{names} died before the job began; start again when it is back")
         if len(left) < self._contract.least_banks:
             raise JobStoppedError(

@@ -126,20 +126,32 @@ class FeatureBins:
             raise DataError(f"bins are malformed: {error!r}; expected the fields of FeatureBins.to_json") from error
 
 
+NARROW = 2.0**-18
+"""Width of a bin relative to its value below which the label names the value instead of the interval."""
+
+
 def _interval_labels(edges: tuple[float, ...]) -> list[str]:
     if not edges:
         return ["any value"]
-    short = [f"{x:.6g}" for x in edges]
+    short = [f"{x:.9g}" for x in edges]
     previous = [_just_below(x) for x in edges]
     # an edge just above another number x means "greater than x"
     after = [_is_round(p) and not _is_round(x) for p, x in zip(previous, edges, strict=True)]
-    text = [f"{p:.6g}" if a else s for p, a, s in zip(previous, after, short, strict=True)]
+    text = [f"{p:.9g}" if a else s for p, a, s in zip(previous, after, short, strict=True)]
     if len({(t, a) for t, a in zip(text, after, strict=True)}) != len(text):
         text, after = [repr(x) for x in edges], [False] * len(edges)
+    # a released cell as narrow as this holds one value as far as anyone can tell
+    narrow = [b - a <= abs(a) * NARROW for a, b in itertools.pairwise(edges)]
+    for i, is_narrow in enumerate(narrow):
+        if is_narrow:
+            after[i + 1], text[i + 1] = True, text[i]
     labels = [f"<= {text[0]}" if after[0] else f"< {text[0]}"]
     for i in range(len(edges) - 1):
         if edges[i + 1] == float(just_above(np.array(edges[i]))):
             labels.append(f"= {text[i]}")
+            continue
+        if narrow[i]:
+            labels.append(f"\u2248 {text[i]}")
             continue
         left = f"({text[i]}" if after[i] else f"[{text[i]}"
         right = f"{text[i + 1]}]" if after[i + 1] else f"{text[i + 1]})"

@@ -97,7 +97,7 @@ class CodeList:
 class Field:
     """One field of the schema.
 
-    unit: of numbers. codes: of type "code" with a list, else `pattern` (a regular expression that a code matches whole).
+    unit: of numbers. codes: of type "code" with a list, else `pattern` (a regular expression that fits a whole code).
     least, most: hard limits in the field's unit. typical: where the median of the positive values of a real table is
     expected, in the field's unit. boundary, of: of a regime flag, the day a rule changed and the field it concerns.
     level: sensitivity 1-4. Raises ValueError where these contradict each other.
@@ -300,8 +300,8 @@ def catalogue() -> str:
     lines = [
         "# Data catalogue 数据目录",
         "",
-        "Generated from `models/schema/*.toml` by `xinyi-node data catalogue`; do not edit. What the columns mean is told",
-        "in `docs/data-in.md`. Levels are proposals after JR/T 0197-2020: the owner classifies its own data.",
+        "Generated from `models/schema/*.toml` by `xinyi-node data catalogue`; do not edit. How it is used is told in",
+        "`docs/data-in.md`. Levels are proposals after JR/T 0197-2020: the owner classifies its own data.",
         "",
     ]
     for schema in map(load_schema, KINDS):

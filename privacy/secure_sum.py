@@ -40,12 +40,12 @@ def pack(values: Int64, largest_sum: int, parameters: BFVParameters) -> UInt64:
 
     `largest_sum` bounds the magnitude of every SUM over the parties; a single value beyond it is `Refused`.
     """
+    slots, width = slots_per_coefficient(parameters, largest_sum)
     # not np.abs: that of the least int64 is negative; the value itself is a secret and stays out of the message
     if values.size and (int(values.max()) > largest_sum or int(values.min()) < -largest_sum):
         raise Refused(
             f"a value beyond the bound {largest_sum} goes into a secure sum; clip the values or raise the bound"
         )
-    slots, width = slots_per_coefficient(parameters, largest_sum)
     padded = np.zeros(-(-len(values) // slots) * slots, np.int64)
     padded[: len(values)] = values
     columns = padded.reshape(-1, slots)

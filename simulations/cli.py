@@ -119,6 +119,11 @@ def _print(finished: Run, out: Path) -> None:
         f"exact: {'yes' if result['exact'] else 'NO'} (every weight of every party against the plaintext twin)   "
         f"encrypted {seconds['total']:.1f} s, twin {seconds['twin']:.2f} s, ratio {ratio:.0f}"
     )
+    alignment = result["alignment"]
+    console.print(
+        f"alignment: private set intersection ({alignment['form']}), {alignment['seconds']:.1f} s, "
+        f"{alignment['bytes'] / 1e6:.1f} MB; not counted in the seconds of training"
+    )
     epsilon = "none (exact sums, simulation only)" if privacy["epsilon"] is None else f"{privacy['epsilon']:g}"
     console.print(
         f"epsilon: {epsilon}   {he['scheme']} N={he['n']}, log q={he['log_q']}, log t={he['log_t']}, "

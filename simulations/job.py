@@ -21,6 +21,7 @@ from fl_clients.bank import Bank
 from fl_clients.contract import ColumnTerms, Contract, ModelTerms, PartyTerms, PrivacyTerms
 from fl_clients.courier import SOCKET_FOLDER, client_app
 from fl_clients.courier import app as socket_courier
+from fl_clients.data import BankData, LabelledRows, OwnerData
 from fl_clients.feature_owner import FeatureOwner
 from fl_clients.vault import Vault
 from fl_clients.vault_service import serve
@@ -29,8 +30,7 @@ from fl_server.server_app import server_app
 from models.scorecard import ScorecardSettings
 from privacy.identity import SigningIdentity
 from privacy.noise import KeyedForwardNoise, RecordedForwardNoise, RecordedNoise, SystemNoise
-from simulations.alignment import align
-from simulations.federation_folder import Federation
+from simulations.federation_folder import BankTable, Federation
 from simulations.memory_grid import MemoryGrid
 
 Wire = Literal["memory", "ray"]
@@ -105,18 +105,25 @@ def make_contract(
 def make_parties(
     federation: Federation, settings: ScorecardSettings, privacy: PrivacyTerms, least_banks: int | None = None
 ) -> Parties:
-    """Fresh identities, one contract, one vault per institution, aligned by the simulator."""
+    """Fresh identities, one contract, one vault per institution with its own table."""
     names = [*(bank.name for bank in federation.banks), *(owner.name for owner in federation.owners)]
     identities = {name: SigningIdentity.generate() for name in names}
     coordinator = SigningIdentity.generate()
     contract = make_contract(federation, settings, privacy, identities, coordinator, least_banks)
-    bank_data, owner_data = align(federation)
     noise = RecordedNoise(SystemNoise())
     forward_noise = RecordedForwardNoise(KeyedForwardNoise(os.urandom(32)))
-    banks = {name: Bank(name=name, contract=contract, data=data, noise=noise) for name, data in bank_data.items()}
+    banks = {
+        table.name: Bank(name=table.name, contract=contract, data=_bank_data(table), noise=noise)
+        for table in federation.banks
+    }
     owners = {
-        name: FeatureOwner(name=name, contract=contract, data=data, noise=forward_noise)
-        for name, data in owner_data.items()
+        table.name: FeatureOwner(
+            name=table.name,
+            contract=contract,
+            data=OwnerData(ids=table.ids.tolist(), columns=table.columns),
+            noise=forward_noise,
+        )
+        for table in federation.owners
     }
     vaults = {
         name: Vault(party=name, contract=contract, identity=identities[name], role=role)
@@ -131,6 +138,14 @@ def make_parties(
         noise=noise,
         forward_noise=forward_noise,
     )
+
+
+def _bank_data(table: BankTable) -> BankData:
+    def rows(mask: npt.NDArray[np.bool_]) -> LabelledRows:
+        columns = {name: values[mask] for name, values in table.columns.items()}
+        return LabelledRows(ids=table.ids[mask].tolist(), label=table.label[mask], columns=columns)
+
+    return BankData(training=rows(~table.held_out), held_out=rows(table.held_out))
 
 
 def _roles(banks: Mapping[str, Bank], owners: Mapping[str, FeatureOwner]) -> list[tuple[str, Bank | FeatureOwner]]:

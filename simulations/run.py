@@ -15,6 +15,7 @@ from sklearn.metrics import roc_curve
 from threadpoolctl import threadpool_limits
 
 from fl_clients.contract import PrivacyTerms
+from fl_clients.protocol import StepKind
 from fl_server import who_sees_what
 from fl_server.coordinator import Outcome, StepRecord, Watch
 from fl_server.report import Release, ReportSections, Step, render
@@ -26,7 +27,7 @@ from models.points import PointScale, ScorecardRow, scorecard_rows
 from models.score_histogram import ScoreHistogram
 from models.scorecard import ScorecardSettings, apply, bin_counts
 from privacy.accounting import epsilon_after
-from simulations import alignment, baselines
+from simulations import baselines
 from simulations.federation_folder import Federation, locate
 from simulations.job import Parties, Wire, make_parties, model_files, noise_totals, run_in_memory, run_on_ray
 from simulations.twin import OwnerData, PooledData, TwinResult, run_twin
@@ -34,7 +35,6 @@ from simulations.twin import OwnerData, PooledData, TwinResult, run_twin
 Int64 = npt.NDArray[np.int64]
 
 STAND_INS = (
-    alignment.STAND_IN,
     "Contract: a local file that every party is given; its hash is bound into every seal, nobody countersigned it.",
     "Privacy ledger: epsilon is computed for this job alone; no ledger of earlier jobs is kept.",
 )
@@ -71,7 +71,6 @@ def run_job(federation: Federation, options: Options, watch: Watch = lambda done
     privacy = PrivacyTerms(epsilon=options.epsilon, delta=options.delta, colluding_banks=options.colluding_banks)
     started = time.perf_counter()
     parties = make_parties(federation, settings, privacy, options.least_banks)
-    aligned = time.perf_counter()
     outcome = run_in_memory(parties, watch) if options.wire == "memory" else run_on_ray(parties, watch)
     trained = time.perf_counter()
     twin = run_twin(pool(federation), settings, noise_totals(parties, outcome), outcome.roster.noise_stds)
@@ -81,6 +80,7 @@ def run_job(federation: Federation, options: Options, watch: Watch = lambda done
     label, scores = score_held_out(federation, models)
     twin_scores = _twin_scores(federation, twin)
     result: dict[str, Any] = outcome_figures(parties.contract, outcome)
+    alignment = _alignment(parties, outcome)
     auc: dict[str, Any] = {"federated": baselines.auc(label, scores), "pooled_twin": baselines.auc(label, twin_scores)}
     ks: dict[str, Any] = {"federated": baselines.ks(label, scores), "pooled_twin": baselines.ks(label, twin_scores)}
     curves = {"federated": _roc(label, scores)}
@@ -102,12 +102,13 @@ def run_job(federation: Federation, options: Options, watch: Watch = lambda done
         "data": {"name": federation.name, "folder_hash": federation.folder_hash, "synthetic": federation.synthetic},
         "auc": auc,
         "ks": ks,
+        "alignment": alignment,
         "exact": is_exact(models, twin, parties),
         "seconds": {
-            "total": trained - aligned,
+            "total": trained - started - alignment["seconds"],
             "twin": replayed - trained,
-            "alignment": aligned - started,
-            "encrypted_over_twin": (trained - aligned) / max(replayed - trained, 1e-9),
+            "alignment": alignment["seconds"],
+            "encrypted_over_twin": (trained - started - alignment["seconds"]) / max(replayed - trained, 1e-9),
         },
         "wire": options.wire,
         "peak_memory_mb": _peak_memory_mb(),
@@ -222,6 +223,23 @@ def _peak_memory_mb() -> float:
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return round(max(own, children) / 1024, 1)
+
+
+def _alignment(parties: Parties, outcome: Outcome) -> dict[str, Any]:
+    """Private set intersection: form, seconds, bytes, and by pair how many of a bank's rows an owner knows."""
+    steps = [step for step in outcome.steps if step.step.startswith(f"{StepKind.MATCH}.")]
+    return {
+        "form": outcome.roster.matching_form,
+        "bucket": parties.contract.alignment.bucket,
+        "seconds": sum(step.seconds for step in steps),
+        "bytes": sum(step.bytes_in + step.bytes_out for step in steps),
+        "known": {name: dict(bank.known_rows) for name, bank in parties.banks.items()},
+        "rows": {
+            name: announced.training_rows + announced.held_out_rows
+            for name, announced in outcome.roster.announcements.items()
+            if name in parties.banks
+        },
+    }
 
 
 def _new(lines: tuple[str, ...], known: tuple[str, ...]) -> list[str]:

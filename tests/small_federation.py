@@ -5,10 +5,12 @@ missing cells, special codes, atoms and categories, and every owner lacks a part
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
+import msgpack
 import numpy as np
 import numpy.typing as npt
 from flwr.app import Message
@@ -19,7 +21,7 @@ from fl_clients.courier import client_app, from_record
 from fl_clients.data import BankData
 from fl_clients.data import OwnerData as VaultOwnerData
 from fl_clients.feature_owner import FeatureOwner
-from fl_clients.protocol import Letter, Request, Step, decode_request
+from fl_clients.protocol import Letter, Request, Step, decode_reply, decode_request, encode_request, schedule
 from fl_clients.session import Session
 from fl_server.coordinator import Coordinator, Outcome
 from models.scorecard import ScorecardSettings
@@ -139,7 +141,7 @@ def small_parties(
 
 Call = Callable[[bytes], bytes]
 Tap = Callable[[str, bytes, Call], bytes]
-"""(party, request, the vault's call) -> reply, in place of the wire to that party's vault; may raise, as a dead node."""
+"""(party, request, the vault's call) -> reply, in place of the wire to a vault; may raise, as a dead node."""
 
 
 def untouched(party: str, data: bytes, call: Call) -> bytes:
@@ -175,6 +177,52 @@ def run_tapped(parties: Parties, tap: Tap = untouched, transcript: list[bytes] |
     app = client_app(lambda context: vault_of(names[context.node_id]))
     grid = LossyGrid(app, {node: {"vault": name} for node, name in names.items()}, transcript)
     return Coordinator(grid=grid, contract=parties.contract, identity=parties.coordinator).run()
+
+
+class _Halt(BaseException):
+    """Not an Exception: the in-memory grid takes those for a dead node."""
+
+
+def run_until(parties: Parties, step: str) -> dict[str, bytes]:
+    """Drive the job up to `step`, which is delivered to nobody; returns every request of that step by party.
+
+    Only for steps whose audience is asked after all others have answered, as the coordinator does it.
+    """
+    requests: dict[str, bytes] = {}
+    audience = next(
+        item.audience for exchange in schedule(parties.contract) for item in exchange if item.step.name == step
+    )
+    expected = {"banks": set(parties.banks), "owners": set(parties.owners), "all": set(parties.vaults)}[audience]
+
+    def tap(party: str, data: bytes, call: Call) -> bytes:
+        if decode_request(data, parties.contract).step != step:
+            return call(data)
+        requests[party] = data
+        if set(requests) == expected:
+            raise _Halt
+        raise ConnectionError("halted")
+
+    with suppress(_Halt):
+        run_tapped(parties, tap)
+    assert set(requests) == expected
+    return requests
+
+
+def resigned(parties: Parties, data: bytes, **changes: Any) -> bytes:
+    """A request with other fields, signed by the coordinator: what a malicious coordinator can send."""
+    return encode_request(replace(decode_request(data, parties.contract), **changes), parties.coordinator)
+
+
+def refusal_of(parties: Parties, party: str, reply: bytes) -> str | None:
+    """The reason, if `reply` is a refusal signed by `party` that releases nothing; None if it is an answer."""
+    _, body, _ = msgpack.unpackb(reply, max_bin_len=1 << 31)
+    plain = msgpack.unpackb(body, max_bin_len=1 << 31)
+    asked = Request(job=parties.contract.hash, step=plain["step"], attempt=plain["attempt"], participants=())
+    answer = decode_reply(reply, parties.contract, party, asked)
+    if answer.refused is not None:
+        assert (answer.letters, answer.posts, answer.summand, answer.released) == ((), (), None, {})
+        assert "\n" not in answer.refused
+    return answer.refused
 
 
 def pooled_of(federation: Federation) -> PooledData:
@@ -265,7 +313,7 @@ class Seen:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedRun:
-    """A whole run: what the coordinator handled (`transcript`), every exchange, and what each party saw in plaintext."""
+    """A whole run: what the coordinator handled (`transcript`), every exchange, what each party saw in plaintext."""
 
     federation: Federation
     parties: Parties

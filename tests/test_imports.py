@@ -1,4 +1,4 @@
-"""The direction of imports: simulations, fl_server -> fl_clients -> models, privacy; the coordinator touches no secret."""
+"""The direction of imports: simulations, fl_server -> fl_clients -> models, privacy; no secret at the coordinator."""
 
 import ast
 import subprocess

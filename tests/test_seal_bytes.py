@@ -167,15 +167,18 @@ def sample() -> Any:
 
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(st.integers(0, 10**6), st.booleans())
-def test_a_cut_or_lengthened_message_is_refused(cut: int, header_follows: bool) -> None:
+def test_a_cut_message_is_refused(cut: int, size_follows: bool) -> None:
     data = bytearray(seal_bytes.dump(sample()))
-    data = data[: cut % len(data)] if cut % 7 else data + bytes(1 + cut % 50)
-    if header_follows and len(data) >= 16:
+    data = data[: cut % len(data)]
+    if size_follows and len(data) >= 16:
         data[8:16] = struct.pack("<Q", len(data))
-    if header_follows and cut % 7 == 0:  # SEAL reads a compressed stream up to its end, what follows is never used
-        return
     with pytest.raises(Refused):
         load(bytes(data))
+
+
+def test_a_lengthened_message_is_refused() -> None:
+    with pytest.raises(Refused, match="not a SEAL object"):
+        load(seal_bytes.dump(sample()) + b"\x00")
 
 
 def test_swapped_objects_are_refused() -> None:
@@ -246,7 +249,7 @@ def test_no_memory_file_outlives_its_transfer() -> None:
     with ThreadPoolExecutor(4) as pool:
         loaded = list(pool.map(load, [data] * 16))
     with pytest.raises(Refused):
-        load(data[:100] + b"x" + data[101:])
+        load(data[:-1])
     assert sorted(os.listdir("/proc/self/fd")) == before
     assert all(np.array_equal(decrypt(ciphertext), np.arange(DEGREE)) for ciphertext in loaded)
 
@@ -296,9 +299,8 @@ def test_import_is_fine_with_the_seal_that_is_installed() -> None:
 )
 def test_import_fails_on_a_seal_that_writes_another_header(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     monkeypatch.setattr(sealapi, "Plaintext", rewriting(sealapi.Plaintext, change))
-    with pytest.raises(Exception, match="install tenseal==0.3.18") as caught:
+    with pytest.raises(Refused, match=r"install tenseal==0\.3\.18"):
         import_afresh()
-    assert type(caught.value).__name__ == "Refused"
 
 
 @pytest.mark.parametrize("lost", ["everything", "order"])

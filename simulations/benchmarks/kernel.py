@@ -99,7 +99,7 @@ class Paillier:
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """One size. `ratio`: python-paillier over ours; `ratio_if_packed`: had the baseline put g and h in one plaintext."""
+    """One size. `ratio`: python-paillier over ours; `ratio_if_packed`: had that put g and h in one plaintext."""
 
     size: Size
     ours: Ours

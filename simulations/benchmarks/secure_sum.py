@@ -8,8 +8,11 @@ and its defaults). It adds no masks: whoever holds the key can open one client's
 Both times include writing and reading the bytes that travel. Unit: seconds of one process, bytes per parameter.
 """
 
+import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 
@@ -18,8 +21,9 @@ import numpy.typing as npt
 import tenseal
 from rich.table import Table
 
-from privacy.masks import JobKeys, pairwise_mask
-from privacy.parameters import choose_sum, slots_per_coefficient
+from privacy.masks import pairwise_mask
+from privacy.parameters import choose_sum
+from privacy.sealing import JobKeys
 from privacy.secure_sum import ConsortiumKey, add_ciphertexts, pack, packed_length, unpack
 
 CKKS_DEGREE = 8192
@@ -55,7 +59,6 @@ class Figures:
     """
 
     name: str
-    values_per_coefficient: int
     mask: float
     encrypt: float
     add: float
@@ -122,7 +125,6 @@ def measure_ours(name: str, size: Size, *, largest_value: int) -> Figures:
     difference = int(np.abs(total - np.sum(vectors, axis=0)).max())
     return Figures(
         name=name,
-        values_per_coefficient=slots_per_coefficient(parameters, largest_sum)[0],
         mask=median(masking),
         encrypt=median(encrypting),
         add=added - started,
@@ -148,7 +150,8 @@ def measure_ckks(size: Size) -> Figures:
     encrypting, encrypted = [], []
     for vector in vectors:
         started = time.perf_counter()
-        encrypted.append(tenseal.ckks_vector(context, vector).serialize())
+        with _silenced():
+            encrypted.append(tenseal.ckks_vector(context, vector).serialize())
         encrypting.append(time.perf_counter() - started)
     started = time.perf_counter()
     total = tenseal.ckks_vector_from(context, encrypted[0])
@@ -163,7 +166,6 @@ def measure_ckks(size: Size) -> Figures:
         raise ArithmeticError(f"CKKS baseline: a sum is off by {error:g}, the limit is {LARGEST_CKKS_ERROR:g}")
     return Figures(
         name="TenSEAL CKKS (NVFlare)",
-        values_per_coefficient=1,
         mask=0.0,
         encrypt=median(encrypting),
         add=added - started,
@@ -173,6 +175,21 @@ def measure_ckks(size: Size) -> Figures:
         error=error,
         exact=False,
     )
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """TenSEAL's C++ prints three lines of warning for every vector of more than 4096 values (matmul is disabled)."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def tables(figures: Sequence[Figures], size: Size) -> list[Table]:
