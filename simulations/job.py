@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fl_clients.bank import Bank
-from fl_clients.contract import ColumnTerms, Contract, ModelTerms, PartyTerms, PrivacyTerms
+from fl_clients.contract import AlignmentTerms, ColumnTerms, Contract, ModelTerms, PartyTerms, PrivacyTerms
 from fl_clients.courier import SOCKET_FOLDER, client_app
 from fl_clients.courier import app as socket_courier
 from fl_clients.data import BankData, LabelledRows, OwnerData
@@ -35,6 +35,8 @@ from simulations.memory_grid import MemoryGrid
 
 Wire = Literal["memory", "ray"]
 Int64 = npt.NDArray[np.int64]
+
+DEFAULT_ALIGNMENT = AlignmentTerms()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,7 @@ def make_contract(
     identities: dict[str, SigningIdentity],
     coordinator: SigningIdentity,
     least_banks: int | None = None,
+    alignment: AlignmentTerms = DEFAULT_ALIGNMENT,
 ) -> Contract:
     """The contract of a simulated job over this federation; by default no bank may be left out."""
 
@@ -98,18 +101,23 @@ def make_contract(
             forward_noise=settings.forward_noise,
         ),
         privacy=privacy,
+        alignment=alignment,
         least_banks=len(banks) if least_banks is None else least_banks,
     )
 
 
 def make_parties(
-    federation: Federation, settings: ScorecardSettings, privacy: PrivacyTerms, least_banks: int | None = None
+    federation: Federation,
+    settings: ScorecardSettings,
+    privacy: PrivacyTerms,
+    least_banks: int | None = None,
+    alignment: AlignmentTerms = DEFAULT_ALIGNMENT,
 ) -> Parties:
     """Fresh identities, one contract, one vault per institution with its own table."""
     names = [*(bank.name for bank in federation.banks), *(owner.name for owner in federation.owners)]
     identities = {name: SigningIdentity.generate() for name in names}
     coordinator = SigningIdentity.generate()
-    contract = make_contract(federation, settings, privacy, identities, coordinator, least_banks)
+    contract = make_contract(federation, settings, privacy, identities, coordinator, least_banks, alignment)
     noise = RecordedNoise(SystemNoise())
     forward_noise = RecordedForwardNoise(KeyedForwardNoise(os.urandom(32)))
     banks = {
