@@ -41,6 +41,8 @@ Cells: TypeAlias = Any
 Bools = npt.NDArray[np.bool_]
 
 SHOWN_ROWS = 5
+HIT_FIELDS = ("pboc_hit", "public_hit")
+"""Flags that say whether an owner has a file on the enterprise at all."""
 EARLIEST, LATEST = np.datetime64("1900-01-02"), np.datetime64("2100-01-01")
 
 _FLAGS = {
@@ -137,7 +139,7 @@ class TableMapping(_Frozen):
 
 
 def load_mapping(path: Path) -> tuple[TableMapping, Schema]:
-    """The mapping file and its schema, checked against each other; DataError in one line. Paths are relative to the file."""
+    """The mapping file and its schema, checked against each other (DataError in one line); paths are relative to it."""
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -364,12 +366,12 @@ Problems = dict[tuple[str, str], Problem]
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Converted:
-    """One batch in the schema's terms. first_row: number of its first row (1 = first row of data).
+    """One batch in the schema's terms. numbers: int64[n], of its rows in the source (1 = first row of data).
 
     columns: field -> cells. known_on: field -> datetime64[D][n], where the mapping has `dated_by`.
     """
 
-    first_row: int
+    numbers: npt.NDArray[np.int64]
     rows: int
     columns: Mapping[str, Cells]
     known_on: Mapping[str, npt.NDArray[np.datetime64]]
@@ -378,7 +380,7 @@ class Converted:
         """Only the rows where `keep` is true."""
         mask = pa.array(keep)
         return Converted(
-            first_row=self.first_row,
+            numbers=self.numbers[keep],
             rows=int(keep.sum()),
             columns={n: c.filter(mask) if isinstance(c, pa.Array) else c[keep] for n, c in self.columns.items()},
             known_on={name: cells[keep] for name, cells in self.known_on.items()},
@@ -391,10 +393,11 @@ FIVE_TIERS = ("1", "2", "3", "4", "5")
 def convert(
     batch: pa.RecordBatch, mapping: TableMapping, schema: Schema, first_row: int, problems: Problems
 ) -> Converted:
-    """One batch of source columns as schema fields, with the regime flags. Wrong cells become missing, in `problems`."""
+    """One batch of source columns as schema fields and regime flags. Wrong cells become missing, in `problems`."""
     columns: dict[str, Cells] = {}
     known_on: dict[str, npt.NDArray[np.datetime64]] = {}
-    for name, item in mapping.columns.items():
+    on_file: Bools | None = None  # an empty cell of an enterprise without a file is "no file", never zero
+    for name, item in sorted(mapping.columns.items(), key=lambda pair: pair[0] not in HIT_FIELDS):
         wanted = schema.field(name)
         cell = _Cell(name=name, first_row=first_row, problems=problems)
         raw = _constant(item.constant, batch.num_rows) if item.source is None else batch.column(item.source)
@@ -402,9 +405,11 @@ def convert(
             case "uscc":
                 columns[name] = _codes_of_enterprises(raw, cell)
             case "number" | "integer":
-                columns[name] = _numbers(raw, wanted, item, cell)
+                columns[name] = _numbers(raw, wanted, item, cell, on_file)
             case "flag":
                 columns[name] = _flags(raw, item, cell)
+                if name in HIT_FIELDS:
+                    on_file = columns[name] == 1.0
             case "date":
                 columns[name] = _dates(raw, item, cell)
             case "code" if wanted.codes is not None:
@@ -422,7 +427,8 @@ def convert(
                 known = ~np.isnat(day)
                 since = np.where(known, day >= np.datetime64(derived.boundary), False)
                 columns[derived.name] = np.where(known, since, -1).astype(np.int16)
-    return Converted(first_row=first_row, rows=batch.num_rows, columns=columns, known_on=known_on)
+    numbers = np.arange(first_row, first_row + batch.num_rows)
+    return Converted(numbers=numbers, rows=batch.num_rows, columns=columns, known_on=known_on)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -480,7 +486,9 @@ def _by_distinct(text: pa.Array, translate: Callable[[str], Any], dtype: Any, mi
     return table[places], wrong[places]
 
 
-def _numbers(raw: pa.Array, wanted: schemas.Field, item: ColumnMapping, cell: _Cell) -> npt.NDArray[np.float64]:
+def _numbers(
+    raw: pa.Array, wanted: schemas.Field, item: ColumnMapping, cell: _Cell, on_file: Bools | None
+) -> npt.NDArray[np.float64]:
     kind = raw.type
     if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         values = pc.cast(raw, pa.float64(), safe=False).to_numpy(zero_copy_only=False).astype(np.float64, copy=True)
@@ -505,7 +513,7 @@ def _numbers(raw: pa.Array, wanted: schemas.Field, item: ColumnMapping, cell: _C
         up, down = schemas.unit_factor(item.unit, wanted.unit)
         values = values * up / down
     if item.empty == "zero":
-        values[np.isnan(values)] = 0.0
+        values[np.isnan(values) if on_file is None else np.isnan(values) & on_file] = 0.0
     with np.errstate(invalid="ignore"):
         cell.note(f"below {wanted.least:g}", values < wanted.least)
         cell.note(f"above {wanted.most:g}", values > wanted.most)

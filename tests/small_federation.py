@@ -18,8 +18,7 @@ from flwr.app import Message
 from fl_clients.bank import Bank
 from fl_clients.contract import PrivacyTerms
 from fl_clients.courier import client_app, from_record
-from fl_clients.data import BankData
-from fl_clients.data import OwnerData as VaultOwnerData
+from fl_clients.data import LabelledRows
 from fl_clients.feature_owner import FeatureOwner
 from fl_clients.protocol import Letter, Request, Step, decode_reply, decode_request, encode_request, schedule
 from fl_clients.session import Session
@@ -298,10 +297,10 @@ class Exchanged:
 class Seen:
     """One thing that a party saw in plaintext, or had before it went out.
 
-    kind: "letter" and "post" (opened mail), "total" (an opened secure sum), "S" (an unmasked aggregate), "z" (an opened
-    blind sum); its own: "v" (a bank's residuals before encryption), "part" (an owner's partial scores before masking;
-    sender = the receiving bank), "summand" (a bank's noised integers before masks), "cells" (an owner's 0/1 matrix;
-    sender = the bank).
+    kind: "letter" and "post" (opened mail), "total" (an opened secure sum), "S" (an unmasked aggregate), "answers" (the
+    banks' answers and the pads it came from), "z" (an opened blind sum); its own: "v" (a bank's residuals before
+    encryption), "part" (an owner's partial scores before masking; sender = the receiving bank), "summand" (a bank's
+    noised integers before masks), "cells" (an owner's 0/1 matrix; sender = the bank).
     """
 
     party: str
@@ -322,8 +321,11 @@ class RecordedRun:
     exchanged: tuple[Exchanged, ...]
     seen: tuple[Seen, ...]
     sessions: Mapping[str, Session]
-    bank_data: Mapping[str, BankData]
-    owner_data: Mapping[str, VaultOwnerData]
+    training: Mapping[str, LabelledRows]
+    """Each bank's training rows in the order of the job; `held_out` likewise."""
+    held_out: Mapping[str, LabelledRows]
+    aligned: Mapping[str, Mapping[str, npt.NDArray[np.int64]]]
+    """Owner -> bank -> this owner's row of each of the bank's rows, training rows first; -1 = unknown."""
 
     def of(self, kind: str, party: str, step: str | None = None) -> list[Seen]:
         return [s for s in self.seen if (s.kind, s.party) == (kind, party) and step in (None, s.step)]
@@ -337,8 +339,9 @@ def record(federation: Federation, parties: Parties, tap: Tap = untouched) -> Re
     roles = {**parties.banks, **parties.owners}
     # kept here, for the vaults forget them at the end
     sessions = {name: role._session for name, role in roles.items()}
-    bank_data = {name: bank._data for name, bank in parties.banks.items()}
-    owner_data = {name: owner._data for name, owner in parties.owners.items()}
+    training = {name: bank._training for name, bank in parties.banks.items()}
+    held_out = {name: bank._held_out for name, bank in parties.banks.items()}
+    aligned: dict[str, dict[str, npt.NDArray[np.int64]]] = {}
     now = ["", ""]  # party and step being handled; the in-memory grid handles one message at a time
 
     def note(kind: str, sender: str, content: Any) -> None:
@@ -379,9 +382,14 @@ def record(federation: Federation, parties: Parties, tap: Tap = untouched) -> Re
 
     def note_unmasked(*args: Any) -> Any:
         sums = unmask(*args)
+        owner = parties.owners[now[0]]
+        note("answers", "", (args[0], args[1]))
         note("S", "", sums)
-        for bank, cells in parties.owners[now[0]]._cells.items():
+        for bank, cells in owner._cells.items():
             note("cells", bank, cells)
+        aligned[now[0]] = {
+            bank: np.concatenate([rows.training, rows.held_out]) for bank, rows in owner._aligned.items()
+        }
         return sums
 
     def note_encrypted(self: Any, values: Any, packing: int) -> bytes:
@@ -420,6 +428,7 @@ def record(federation: Federation, parties: Parties, tap: Tap = untouched) -> Re
         exchanged=tuple(exchanged),
         seen=tuple(seen),
         sessions=sessions,
-        bank_data=bank_data,
-        owner_data=owner_data,
+        training=training,
+        held_out=held_out,
+        aligned=aligned,
     )

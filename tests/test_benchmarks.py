@@ -31,6 +31,12 @@ def test_kernel_notices_a_wrong_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not kernel.measure_ours(TINY, repeats=1).exact
 
 
+def test_python_paillier_without_gmpy2_is_no_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phe.util.HAVE_GMP", False)
+    with pytest.raises(ModuleNotFoundError, match="pip install gmpy2"):
+        kernel.measure_paillier(TINY, sample_rows=2)
+
+
 def test_paillier_is_scaled_linearly_in_rows_and_bins() -> None:
     baseline = kernel.Paillier(sample_rows=10, encryption=3.0, addition=0.5, decryption=2.0, exact=True)
     # 2 vectors x (100 encryptions + (100 x 2 - 8) additions + 8 decryptions)
@@ -56,7 +62,7 @@ def test_secure_sum_is_exact_and_smaller_than_ckks() -> None:
         assert line.exact
         assert line.error == 0
         assert line.bytes_per_parameter < ckks.bytes_per_parameter / 4
-    # 1, 1 (26 bits at three banks), 2 and 3 values a coefficient
+    # at three banks 1, 2, 2 and 3 values share a coefficient
     assert ours[3].bytes_up < ours[2].bytes_up < ours[0].bytes_up
 
 

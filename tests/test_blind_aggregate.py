@@ -417,6 +417,22 @@ def test_every_result_is_flooded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not np.any(drawn[0] == drawn[1])
 
 
+def test_the_flood_is_added_at_full_size_before_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real flood is below 2^-20 after the switch and cannot be seen; one of 3 floor(q/t) adds 3 to every result."""
+
+    def visible(degree: int, moduli: UInt64) -> UInt64:
+        primes = [int(modulus) for modulus in moduli]
+        step = primes[0] * primes[1] * primes[2] >> PARAMETERS.log_t
+        return np.array([[3 * step % prime] * degree for prime in primes], np.uint64)
+
+    pair, values, cells = small_pair()
+    pad = uniform_residues(20, PARAMETERS)
+    monkeypatch.setattr(primitive, "flooding_residues", visible)
+    opened = pair.key.open(pair.answer(values, pad), pair.layout)
+    clear = aggregate_in_the_clear([values], [cells], 20, [np.zeros(20, np.int64)], PARAMETERS)
+    assert np.array_equal(unmask([opened], [pad], PARAMETERS), clear + 3)
+
+
 # --- noise budget -----------------------------------------------------------------------------------------------------
 
 

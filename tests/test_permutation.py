@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from scipy.stats import chi2
 
-from privacy import permutation
 from privacy.permutation import random_order
 
 
@@ -61,6 +60,6 @@ def test_the_keys_come_from_the_operating_system(monkeypatch: pytest.MonkeyPatch
         asked.append(count)
         return bytes(count)
 
-    monkeypatch.setattr(permutation.os, "urandom", known)
+    monkeypatch.setattr("privacy.permutation.os.urandom", known)
     assert random_order(50).tolist() == list(range(50))
     assert asked == [16 * 50]

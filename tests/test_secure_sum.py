@@ -44,7 +44,9 @@ def with_log_t(log_t: int) -> BFVParameters:
 
 def cancelling_masks(parties: int, length: int, parameters: BFVParameters = PARAMETERS) -> list[UInt64]:
     drawn = [uniform_residues(length, parameters) for _ in range(parties - 1)]
-    last = -np.sum(np.stack([*drawn, np.zeros(length, np.uint64)]), axis=0, dtype=np.uint64)
+    last = np.zeros(length, np.uint64)
+    for mask in drawn:
+        last -= mask
     return [*drawn, last & np.uint64(parameters.mask)]
 
 

@@ -106,7 +106,7 @@ def _print(console: Console, tables: Sequence[Any]) -> None:
 
 
 def _machine() -> dict[str, str]:
-    packages = ("tenseal", "flwr", "numpy", "scikit-learn", "phe")
+    packages = ("tenseal", "flwr", "numpy", "scikit-learn")
     return {
         "cores": str(os.cpu_count()),
         "load": f"{os.getloadavg()[0]:.1f}",

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
+from types import ModuleType
 
 import numpy as np
 import numpy.typing as npt
@@ -183,8 +184,7 @@ def measure_ours(size: Size, repeats: int) -> Ours:
 
 def measure_paillier(size: Size, sample_rows: int) -> Paillier:
     """g of `sample_rows` rows: encrypt each, add by bin, decrypt up to 32 sums and compare them."""
-    # only this baseline needs it, and only the dev extra brings it
-    paillier = importlib.import_module("phe.paillier")
+    paillier = _python_paillier()
     sample = Size(rows=min(sample_rows, size.rows), features=size.features, bins=size.bins)
     (values, _), cells = _data(sample)
     public, private = paillier.generate_paillier_keypair(n_length=PAILLIER_BITS)
@@ -214,6 +214,19 @@ def measure_paillier(size: Size, sample_rows: int) -> Paillier:
         decryption=decryption,
         exact=opened == expected,
     )
+
+
+def _python_paillier() -> ModuleType:
+    # only this baseline needs it, and only the dev extra brings it
+    try:
+        paillier, util = importlib.import_module("phe.paillier"), importlib.import_module("phe.util")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{error}: the kernel's baseline needs python-paillier; pip install phe gmpy2"
+        ) from None
+    if not util.HAVE_GMP:
+        raise ModuleNotFoundError("python-paillier without gmpy2 is an unfairly slow baseline; pip install gmpy2")
+    return paillier
 
 
 def tables(figures: Sequence[Figures]) -> list[Table]:
