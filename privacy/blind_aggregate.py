@@ -290,14 +290,21 @@ def _cut(cells: Int32, layout: Layout) -> tuple[npt.NDArray[np.uint16], Int64]:
 
 def flooding_residues(degree: int, moduli: UInt64) -> UInt64:
     """Uniform integers of FLOODING_BITS bits from the operating system modulo each prime: uint64[primes, N]."""
+    if int(moduli.max()) >= 1 << 60:
+        raise Refused(f"primes of {int(moduli.max()).bit_length()} bits; this arithmetic in 64 bits holds up to 60")
     half = FLOODING_BITS // 2
     low, high = (np.frombuffer(os.urandom(8 * degree), dtype=np.uint64) & np.uint64((1 << half) - 1) for _ in range(2))
     residues = np.empty((len(moduli), degree), np.uint64)
     for index, modulus in enumerate(moduli):
-        value = high % modulus
-        for _ in range(half // 2):
-            value = (value << np.uint64(2)) % modulus
-        residues[index] = (value + low) % modulus
+        # 50 bits up in steps that stay below 2^64; quotient and product are three times faster than numpy's remainder
+        value = high << np.uint64(10)
+        value -= value // modulus * modulus
+        for _ in range((half - 10) // 4):
+            value <<= np.uint64(4)
+            value -= value // modulus * modulus
+        value += low
+        value -= value // modulus * modulus
+        residues[index] = value
     return residues
 
 

@@ -12,6 +12,7 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -115,8 +116,12 @@ def coefficients(polynomial: Any, indices: npt.NDArray[np.int64]) -> UInt64:
     return np.array([polynomial.data(i) if i < count else 0 for i in indices.tolist()], dtype=np.uint64)
 
 
+@lru_cache(maxsize=8)
 def make_context(degree: int, prime_bits: tuple[int, ...], log_t: int) -> Any:
-    """A BFV context with power-of-two plaintext modulus; SEAL enforces 128-bit security (TC128) or we refuse."""
+    """A BFV context with power-of-two plaintext modulus; SEAL enforces 128-bit security (TC128) or we refuse.
+
+    Contexts hold public parameters only and never change, so each is made once per process (20 ms).
+    """
     parameters = sealapi.EncryptionParameters(sealapi.SCHEME_TYPE.BFV)
     try:
         parameters.set_poly_modulus_degree(degree)
