@@ -115,7 +115,7 @@ def consent_columns(names: Sequence[str]) -> dict[str, str]:
 
 
 class ConsentStore:
-    """The institution's consents. Every method takes the present moment `now`, with a time zone (ValueError without)."""
+    """The institution's consents. Methods take the present moment `now`, with a time zone (ValueError without)."""
 
     def __init__(self, path: Path) -> None:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
@@ -177,7 +177,7 @@ class ConsentStore:
         return 0, 0, None
 
     def revoke(self, code: str, purpose: str, now: datetime) -> None:
-        """The enterprise withdraws its consent for the purpose, from now on. DataError where it has none that is live."""
+        """The enterprise withdraws its consent for the purpose from now on. DataError where none is live."""
         enterprise, aim, moment = uscc.parse(code).code, _purpose(purpose), _seconds(now)
         with self._transaction():
             done = self._database.execute(
