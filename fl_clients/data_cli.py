@@ -107,8 +107,8 @@ def map_columns(
                 continue
             target = _choose(proposal, schema, chosen, yes)
             if target is not None:
-                chosen[target] = ColumnMapping(
-                    **{"from": proposal.column, "unit": _unit(proposal.column, target, schema, yes)}
+                chosen[target] = ColumnMapping.model_validate(
+                    {"from": proposal.column, "unit": _unit(proposal.column, target, schema, yes)}
                 )
         finished = begun.model_copy(update={"columns": chosen})
         file.write_text(mapping.dump_mapping(finished), encoding="utf-8")

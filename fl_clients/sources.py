@@ -43,6 +43,7 @@ SHOWN_LINES = 5
 
 _SCAN_BYTES = 4 << 20
 _FILE_KINDS = ("csv", "parquet")
+_SQLSTATE = re.compile(r"SQLSTATE: ([0-9A-Z]{5})")
 _LOST = ("08", "57P")  # SQLSTATE classes: connection exception, operator intervention (shutdown, terminated)
 
 
@@ -140,17 +141,17 @@ def batches(source: Source, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
         raise _database_error(source, rows, getattr(error, "sqlstate", None)) from None
     except pymysql.MySQLError as error:
         raise _mysql_error(source, rows, error) from None
-    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
-        # Arrow quotes cell values in its messages: only the first clause, which names no value, is kept
-        clause = str(error).split(":")[0]
-        raise DataError(
-            f"{source.describe()}: cannot be read after row {rows:,} ({clause}); nothing was used"
-        ) from None
-    except OSError as error:
-        reason = error.strerror or "the connection was lost"
-        raise DataError(
-            f"{source.describe()}: broke off after row {rows:,} ({reason}); nothing was used, run the step again"
-        ) from None
+    except (pa.ArrowInvalid, UnicodeDecodeError, OSError) as error:
+        # messages of Arrow and of databases quote cell values: only what names none is kept
+        if (state := _SQLSTATE.search(str(error))) is not None:
+            raise _database_error(source, rows, state[1]) from None
+        if isinstance(error, OSError):
+            if source.path is None:
+                raise _lost(source, rows) from None
+            reason = error.strerror or "damaged or cut off"
+        else:
+            reason = str(error).split(":")[0]
+        raise DataError(f"{source.describe()}: cannot be read after row {rows:,} ({reason}); nothing was used") from None
 
 
 def _named(pairs: Iterator[tuple[str, str]]) -> dict[str, str]:
@@ -183,10 +184,12 @@ def detect_encoding(path: Path) -> Literal["utf-8", "gb18030"]:
             except UnicodeDecodeError:
                 for offset, line in enumerate(block.split(b"\n")):
                     try:
-                        if chinese_utf8 is None and _has_chinese(line.decode("utf-8")):
-                            chinese_utf8 = line_number + offset + 1
+                        decoded = line.decode("utf-8")
                     except UnicodeDecodeError:
                         not_utf8 = not_utf8 or line_number + offset + 1
+                    else:
+                        if chinese_utf8 is None and _has_chinese(decoded):
+                            chinese_utf8 = line_number + offset + 1
             else:
                 if chinese_utf8 is None and _has_chinese(text):
                     chinese_utf8 = line_number + 1 + next(i for i, x in enumerate(text.split("\n")) if _has_chinese(x))

@@ -9,6 +9,7 @@ what the mail opens to (a reaction attack on the key).
 """
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -30,6 +31,8 @@ from fl_clients.protocol import (
 from models.errors import DataError
 from privacy.errors import Refused
 from privacy.identity import SigningIdentity
+
+LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +111,13 @@ class Vault:
         try:
             outgoing = self._role.perform(step, request)
         except (Refused, DataError) as error:
-            refusal = self._refusal(*key, str(error))
-            self._stored[key] = (digest, refusal)
-            return refusal
+            return self._refuse_for_good(key, digest, str(error))
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+            # signed or sealed by a party, yet not of the form that the step needs: nothing is released on it
+            LOGGER.exception("step %s", request.step)
+            return self._refuse_for_good(
+                key, digest, f"the mail of step {request.step} is malformed ({type(error).__name__})"
+            )
         self._stopped = None
         self._done = position
         self._participants = request.participants
@@ -173,6 +180,11 @@ class Vault:
             released=outgoing.released or {},
         )
         return encode_reply(reply, self._identity)
+
+    def _refuse_for_good(self, key: tuple[str, int], digest: bytes, reason: str) -> bytes:
+        refusal = self._refusal(*key, reason)
+        self._stored[key] = (digest, refusal)
+        return refusal
 
     def _refusal(self, step: str, attempt: int, reason: str) -> bytes:
         reply = Reply(job=self.contract.hash, step=step, attempt=attempt, party=self.party, refused=reason)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fl_clients.contract import Contract
+from fl_clients.roster import Roster
 from fl_server.coordinator import COORDINATOR, Outcome
 from models.score_histogram import ScoreHistogram
 
@@ -62,13 +63,7 @@ def outcome_figures(contract: Contract, outcome: Outcome) -> dict[str, Any]:
             "total": sum(step.bytes_in + step.bytes_out for step in outcome.steps),
             "coordinator_in": sum(step.bytes_in for step in outcome.steps),
         },
-        "pooled_metrics": {
-            "auc": histogram.auc(),
-            "auc_error_bound": histogram.auc_error_bound(),
-            "ks": histogram.ks(),
-            "gini": histogram.gini(),
-            "brier": histogram.brier(),
-        },
+        "pooled_metrics": _pooled_metrics(histogram, roster),
         "privacy": {
             "epsilon": contract.privacy.epsilon,
             "delta": roster.delta if contract.privacy.epsilon is not None else None,
@@ -85,6 +80,21 @@ def outcome_figures(contract: Contract, outcome: Outcome) -> dict[str, Any]:
         "bytes_by_pair": {f"{source} -> {target}": size for (source, target), size in outcome.bytes_by_pair.items()},
         "receipts": dict(outcome.receipts),
         "coordinator": COORDINATOR,
+    }
+
+
+def _pooled_metrics(histogram: ScoreHistogram, roster: Roster) -> dict[str, float] | None:
+    """What the coordinator may know of the model's quality; None where the noise drowns the held-out rows."""
+    if not histogram.is_usable:
+        return None
+    noise_std = roster.total_std(roster.std("histogram"), len(roster.contract.banks))
+    return {
+        "auc": histogram.auc(),
+        "auc_error_bound": histogram.auc_error_bound(),
+        "auc_noise_std": histogram.auc_noise_std(noise_std),
+        "ks": histogram.ks(),
+        "gini": histogram.gini(),
+        "brier": histogram.brier(),
     }
 
 

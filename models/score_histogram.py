@@ -174,6 +174,11 @@ class ScoreHistogram:
             )
         return cls(counts=vector.reshape(-1, 2))
 
+    @property
+    def is_usable(self) -> bool:
+        """Whether metrics can be computed: noise on few held-out rows can leave no goods or no bads at all."""
+        return bool((self.counts.sum(axis=0) > 0).all())
+
     @cached_property
     def _totals(self) -> tuple[int, int]:
         """Goods and bads; both positive or DataError."""

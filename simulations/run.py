@@ -112,7 +112,15 @@ def run_job(federation: Federation, options: Options, watch: Watch = lambda done
         },
         "wire": options.wire,
         "peak_memory_mb": _peak_memory_mb(),
-        "warnings": [*federation.warnings, *_new(who_sees_what.warnings(parties.contract), federation.warnings)],
+        "warnings": [
+            *federation.warnings,
+            *_noise_warnings(result),
+            *_new(who_sees_what.warnings(parties.contract), federation.warnings),
+        ],
+            *federation.warnings,
+            *_noise_warnings(result),
+            *_new(who_sees_what.warnings(parties.contract), federation.warnings),
+        ],
         "stand_ins": list(STAND_INS),
     }
     plan = outcome.roster.plan
@@ -223,6 +231,12 @@ def _peak_memory_mb() -> float:
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return round(max(own, children) / 1024, 1)
+
+
+def _noise_warnings(result: Mapping[str, Any]) -> list[str]:
+    if result["pooled_metrics"] is None:
+        return ["the noise of this epsilon drowns the held-out rows: no pooled metrics; use more rows or more epsilon"]
+    return []
 
 
 def _alignment(parties: Parties, outcome: Outcome) -> dict[str, Any]:
@@ -358,9 +372,9 @@ def _sections(
         job=f"{federation.name} (job {parties.contract.job[:8]})",
         date=time.strftime("%Y-%m-%d %H:%M", time.gmtime()) + " UTC",
         curves=curves,
-        ks=histogram.ks_curve(),
-        calibration=histogram.calibration(),
-        lift=histogram.lift(),
+        ks=histogram.ks_curve() if histogram.is_usable else None,
+        calibration=histogram.calibration() if histogram.is_usable else (),
+        lift=histogram.lift() if histogram.is_usable else (),
         scorecard=_scorecards(federation, models),
         point_scale=PointScale(),
         steps=_steps(outcome.steps),
