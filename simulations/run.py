@@ -117,10 +117,6 @@ def run_job(federation: Federation, options: Options, watch: Watch = lambda done
             *_noise_warnings(result),
             *_new(who_sees_what.warnings(parties.contract), federation.warnings),
         ],
-            *federation.warnings,
-            *_noise_warnings(result),
-            *_new(who_sees_what.warnings(parties.contract), federation.warnings),
-        ],
         "stand_ins": list(STAND_INS),
     }
     plan = outcome.roster.plan
