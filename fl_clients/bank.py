@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fl_clients.contract import Contract
-from fl_clients.data import BankData, LabelledRows
+from fl_clients.data import BankData, Bool, LabelledRows
 from fl_clients.matching import Matching, announced_size
 from fl_clients.protocol import Audience, Letter, Post, Request, Step, StepKind
 from fl_clients.session import Session
@@ -60,6 +60,8 @@ class Bank:
         self._noise = noise
         self._session = Session(contract, name)
         # a fresh order per job: the file's leaks dates and labels (PROTOCOL rule 11)
+        self._consent = data.consent
+        data = _consented(data)
         training, held_out = random_order(len(data.training.label)), random_order(len(data.held_out.label))
         self._training = _in_order(data.training, training)
         self._held_out = _in_order(data.held_out, held_out)
@@ -223,6 +225,9 @@ class Bank:
         self._pending = _Pending(step=step.name, length=len(values), largest=largest)
         return self._key().encrypt((packed + mask) & np.uint64(parameters.mask))
 
+    def _live(self, rows: LabelledRows) -> Bool:
+        return self._consent(rows.ids)
+
     def _own_key(self) -> blind_aggregate.BankKey:
         if self._bank_key is None:
             raise Refused("no key of this job yet")
@@ -315,7 +320,9 @@ class Bank:
         else:
             self._shared = with_level(self._binning(), self._open_sum(request))
         state = self._binning()
-        counts = level_counts(state, training.columns, training.label) if level_size(state) else np.zeros(0, np.int64)
+        live = self._live(training)
+        columns = {name: values[live] for name, values in training.columns.items()}
+        counts = level_counts(state, columns, training.label[live]) if level_size(state) else np.zeros(0, np.int64)
         std = session.roster.std("bins")
         summand = self._summand(
             step, request, counts, session.roster.training_rows, [(len(counts), std)] if std else ()
@@ -340,7 +347,7 @@ class Bank:
         if step not in self._begun:
             self._fit(self._open_sum(request))
         tower, own = self._fitted()
-        counts = scorecard.upper(scorecard.cross_tab(own, tower.rows))
+        counts = scorecard.upper(scorecard.cross_tab(own[self._live(self._training)], tower.rows))
         summand = self._summand(step, request, counts, self._session.roster.training_rows)
         return Outgoing(summand=summand, posts=self._opened_post(request))
 
@@ -373,7 +380,8 @@ class Bank:
             else:
                 self._end_round(total, step.round_number - 1)
         owners = [owner.name for owner in self._contract.owners]
-        values = residual(self._score, self._training.label)
+        # a row whose consent was revoked meanwhile counts for nothing from here on
+        values = np.where(self._live(self._training), residual(self._score, self._training.label), 0)
         tower, own = self._fitted()
         packing = self._packing()
         encrypted = self._own_key().encrypt(values, packing)
@@ -432,7 +440,8 @@ class Bank:
                 self._a = self._update(total, step.round_number)
         rows = line_search.design(self._directions, self._scales)
         trial = line_search.advance(self._score, self._directions, line_search.alphas(self._a, self._scales))
-        values = line_search.moments(rows, trial, self._training.label)
+        live = self._live(self._training)
+        values = line_search.moments(rows[live], trial[live], self._training.label[live])
         gradient, curvature = self._search_stds(step.round_number)
         k = len(self._a)
         stds = [(k, gradient), (len(values) - k, curvature)] if gradient else ()
@@ -501,7 +510,8 @@ class Bank:
         tower, _ = self._fitted()
         score = self._intercept + scorecard.apply(cells(tower, held_out.columns), self._weights)
         score = score + blind_sum.open_sum(shares, len(held_out.label))
-        histogram = ScoreHistogram.of(score, held_out.label)
+        live = self._live(held_out)
+        histogram = ScoreHistogram.of(score[live], held_out.label[live])
         std = session.roster.std("histogram")
         # noise adds up over cells: with epsilon fewer, wider cells measure better
         vector = (histogram.merged(NOISY_CELLS_MERGED) if std else histogram).to_vector()
@@ -535,9 +545,22 @@ class Bank:
         return hashlib.sha256(repr(sorted(self.model().items(), key=lambda item: item[0])).encode()).hexdigest()
 
 
+def _consented(data: BankData) -> BankData:
+    """Only enterprises with live consent take part in anything."""
+    parts = []
+    for rows in (data.training, data.held_out):
+        live = data.consent(rows.ids)
+        columns = {name: values[live] for name, values in rows.columns.items()}
+        ids = [name for name, is_live in zip(rows.ids, live.tolist(), strict=True) if is_live]
+        parts.append(LabelledRows(ids=ids, label=rows.label[live], columns=columns))
+    if not len(parts[0].label):
+        raise Refused("no enterprise has live consent for the job's purpose; import the consents first")
+    return BankData(training=parts[0], held_out=parts[1], consent=data.consent)
+
+
 def _in_order(rows: LabelledRows, order: Int64) -> LabelledRows:
     return LabelledRows(
-        ids=(),  # the ids stay in the table's order, for the alignment
+        ids=[rows.ids[at] for at in order.tolist()],
         label=rows.label[order],
         columns={name: values[order] for name, values in rows.columns.items()},
     )

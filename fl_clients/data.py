@@ -1,6 +1,6 @@
 """The tables that an institution's vault holds for one job."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +9,17 @@ import numpy.typing as npt
 Column = npt.NDArray[np.float64] | npt.NDArray[np.object_]
 Int8 = npt.NDArray[np.int8]
 Int64 = npt.NDArray[np.int64]
+
+
+Bool = npt.NDArray[np.bool_]
+
+Consent = Callable[[Sequence[str]], Bool]
+"""Which of these enterprises have live consent for the job's purpose, now: bool[n]. Asked before every use."""
+
+
+def everyone(ids: Sequence[str]) -> Bool:
+    """A table without a consent register (simulation): everybody takes part."""
+    return np.ones(len(ids), np.bool_)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -26,6 +37,7 @@ class BankData:
 
     training: LabelledRows
     held_out: LabelledRows
+    consent: Consent = everyone
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -42,3 +54,4 @@ class OwnerData:
 
     ids: Sequence[str]
     columns: Mapping[str, Column]
+    consent: Consent = everyone

@@ -6,6 +6,7 @@ only summed with those of the other owners and, in training, noised.
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -41,7 +42,12 @@ class FeatureOwner:
     def __init__(self, *, name: str, contract: Contract, data: OwnerData, noise: ForwardNoise) -> None:
         self._name = name
         self._contract = contract
-        self._data = data
+        live = data.consent(data.ids)
+        self._data = OwnerData(
+            ids=[name for name, is_live in zip(data.ids, live.tolist(), strict=True) if is_live],
+            columns={column: values[live] for column, values in data.columns.items()},
+            consent=data.consent,
+        )
         self._noise = noise
         self._session = Session(contract, name)
         self._pads = OneTimePad()
@@ -99,6 +105,7 @@ class FeatureOwner:
         self._matching.finish(request)
         for bank in contract.banks:
             rows, training = self._matching.rows(bank.name), session.roster.announcements[bank.name].training_rows
+            rows = self._without_revoked(rows)
             self._aligned[bank.name] = AlignedRows(training=rows[:training], held_out=rows[training:])
         self._matching.erase()
         self._matching = None
@@ -120,6 +127,11 @@ class FeatureOwner:
         self._weights = np.zeros(bins, np.int64)
         self._step = np.zeros(bins, np.int64)
         return Outgoing(posts=(session.post(request, "banks", {"bins": bins}),))
+
+    def _without_revoked(self, rows: Int64) -> Int64:
+        """Enterprises whose consent was revoked meanwhile are unknown from here on."""
+        live = self._data.consent(self._data.ids)
+        return np.where((rows >= 0) & live[np.maximum(rows, 0)], rows, -1)
 
     def _check_rows(self) -> None:
         """Too few aligned rows for the number of bins would let an owner solve for labels (PROTOCOL)."""
@@ -276,6 +288,8 @@ class FeatureOwner:
         self._take_step(self._contract.model.rounds, self._agreed(news, "alphas"))
         letters = []
         for bank in request.participants:
+            aligned = self._aligned[bank]
+            self._aligned[bank] = replace(aligned, held_out=self._without_revoked(aligned.held_out))
             part = scorecard.apply(self._place(bank, held_out=True), self._weights)
             letters.append(self._share(step, request, bank, part))
         return Outgoing(letters=tuple(letters))

@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pymysql
+import pymysql.converters
 import pymysql.cursors
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pymysql.constants import FIELD_TYPE
@@ -43,7 +44,15 @@ SHOWN_LINES = 5
 
 _SCAN_BYTES = 4 << 20
 _FILE_KINDS = ("csv", "parquet")
-_SQLSTATE = re.compile(r"SQLSTATE: ([0-9A-Z]{5})")
+_STREAMING = (
+    # once rows flow, ADBC hands over PostgreSQL's message without its SQLSTATE
+    ("read-only transaction", "25006"),
+    ("byte sequence", "22021"),
+    ("statement timeout", "57014"),
+    ("terminating connection", "57P01"),
+    ("server closed the connection", "08006"),
+    ("no connection to the server", "08006"),
+)
 _LOST = ("08", "57P")  # SQLSTATE classes: connection exception, operator intervention (shutdown, terminated)
 
 
@@ -143,15 +152,12 @@ def batches(source: Source, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
         raise _mysql_error(source, rows, error) from None
     except (pa.ArrowInvalid, UnicodeDecodeError, OSError) as error:
         # messages of Arrow and of databases quote cell values: only what names none is kept
-        if (state := _SQLSTATE.search(str(error))) is not None:
-            raise _database_error(source, rows, state[1]) from None
-        if isinstance(error, OSError):
-            if source.path is None:
-                raise _lost(source, rows) from None
-            reason = error.strerror or "damaged or cut off"
-        else:
-            reason = str(error).split(":")[0]
-        raise DataError(f"{source.describe()}: cannot be read after row {rows:,} ({reason}); nothing was used") from None
+        if source.path is None:
+            raise _streaming_error(source, rows, str(error)) from None
+        reason = (error.strerror or "damaged or cut off") if isinstance(error, OSError) else str(error).split(":")[0]
+        raise DataError(
+            f"{source.describe()}: cannot be read after row {rows:,} ({reason}); nothing was used"
+        ) from None
 
 
 def _named(pairs: Iterator[tuple[str, str]]) -> dict[str, str]:
@@ -386,6 +392,16 @@ def _database_error(source: Source, rows: int, sqlstate: str | None) -> DataErro
     )
 
 
+def _streaming_error(source: Source, rows: int, message: str) -> DataError:
+    for words, state in _STREAMING:
+        if words in message:
+            return _database_error(source, rows, state)
+    return DataError(  # a server that speaks another language
+        f"{source.describe()}: broke off after row {rows:,}: the connection was lost or the database stopped the query "
+        "(see its log); nothing was used"
+    )
+
+
 # --- PostgreSQL ---
 
 
@@ -489,7 +505,7 @@ def _mysql(source: Source) -> Iterator[pymysql.cursors.SSCursor]:
             ssl_ca=settings.get("ssl_ca"),
             ssl_verify_identity=True if "ssl_ca" in settings else None,
             charset="utf8mb4",
-            conv=dict(_MYSQL_NUMBERS),  # dates stay text: 0000-00-00 is no date in Python
+            conv={**pymysql.converters.encoders, **_MYSQL_NUMBERS},  # dates stay text: 0000-00-00 is no date in Python
             init_command="SET SESSION TRANSACTION READ ONLY",
             connect_timeout=CONNECT_TIMEOUT_S,
             read_timeout=MYSQL_READ_TIMEOUT_S,

@@ -6,6 +6,7 @@ import pwd
 import shutil
 import subprocess
 import tempfile
+import time
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -291,7 +292,7 @@ def test_postgresql_connection_lost_in_the_middle(postgres):
     with _connect(Path(postgres.split("host=")[1])) as connection, connection.cursor() as cursor:
         cursor.execute("select count(pg_terminate_backend(pid)) from pg_stat_activity where application_name = 'xinyi'")
         assert cursor.fetchone() == (1,)
-    with pytest.raises(DataError, match=r"lost|broke off.*nothing was used") as caught:
+    with pytest.raises(DataError, match=r"connection lost after row [1-9].*nothing was used") as caught:
         list(stream)
     assert "\n" not in str(caught.value)
 
@@ -342,18 +343,15 @@ def test_a_table_that_changes_between_check_and_training_is_refused(postgres):
 @pytest.fixture(scope="module")
 def mariadb():
     """The URL of a running MariaDB with a loans table; started and stopped here."""
-    server, install = shutil.which("mariadbd", path="/usr/sbin:/usr/bin"), shutil.which("mariadb-install-db")
-    if server is None or install is None:
+    server = shutil.which("mariadbd", path="/usr/sbin:/usr/bin:/usr/local/bin")
+    if server is None:
         pytest.skip("no MariaDB server found: apt-get install mariadb-server-core")
     with _folder(None) as folder:
         socket, data = folder / "s", folder / "data"
-        account = pwd.getpwuid(os.geteuid()).pw_name
-        common = ["--no-defaults", f"--datadir={data}", f"--user={account}"]
-        install_options = ["--auth-root-authentication-method=normal", "--skip-test-db"]
-        subprocess.run(
-            [install, *common, *install_options], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        start = [server, *common, "--skip-networking", f"--socket={socket}", f"--pid-file={folder}/pid"]
+        data.mkdir()
+        # without grant tables: nobody but this user reaches the socket, and no system tables need to be made
+        common = ["--no-defaults", f"--datadir={data}", f"--user={pwd.getpwuid(os.geteuid()).pw_name}"]
+        start = [server, *common, "--skip-grant-tables", "--skip-networking", f"--socket={socket}"]
         process = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             _fill_mariadb(process, socket)
@@ -370,7 +368,7 @@ def _fill_mariadb(process: subprocess.Popen, socket: Path) -> None:
             connection = pymysql.connect(unix_socket=str(socket), user="root", autocommit=True, charset="utf8mb4")
             break
         except pymysql.OperationalError:
-            process.wait(0.1) if process.poll() is not None else _pause()
+            time.sleep(0.1)
     with connection, connection.cursor() as cursor:
         cursor.execute("create database credit character set utf8mb4")
         cursor.execute("use credit")
@@ -384,12 +382,6 @@ def _fill_mariadb(process: subprocess.Popen, socket: Path) -> None:
         cursor.execute(
             "create table big engine=innodb as select seq as i, repeat('x', 200) as pad from seq_1_to_200000"
         )
-
-
-def _pause() -> None:
-    import time
-
-    time.sleep(0.1)
 
 
 def test_mysql(mariadb):
@@ -411,13 +403,11 @@ def test_mysql(mariadb):
 def test_mysql_connection_lost_in_the_middle(mariadb):
     stream = batches(Source(kind="mysql", url=mariadb, table="big"), ["i", "pad"])
     assert next(stream).num_rows == sources.MYSQL_BATCH_ROWS
-    with pymysql.connect(unix_socket=mariadb.split("unix_socket=")[1], user="root") as connection:
-        with connection.cursor() as cursor:
-            cursor.execute(
-                "select id from information_schema.processlist where db = 'credit' and id <> connection_id()"
-            )
-            for (number,) in cursor.fetchall():
-                cursor.execute(f"kill {number}")
+    socket = mariadb.split("unix_socket=")[1]
+    with pymysql.connect(unix_socket=socket, user="root") as connection, connection.cursor() as cursor:
+        cursor.execute("select id from information_schema.processlist where db = 'credit' and id <> connection_id()")
+        for (number,) in cursor.fetchall():
+            cursor.execute(f"kill {number}")
     with pytest.raises(DataError, match="connection lost after row"):
         list(stream)
 

@@ -354,8 +354,8 @@ def test_at_the_end_keys_pads_and_rows_are_gone_from_memory() -> None:
                 "job keys": bank._session.keys,
                 "bank key": bank._bank_key,
                 "consortium key": bank._consortium,
-                "labels": bank._data.training.label,
-                "rows": bank._data,
+                "labels": bank._training.label,
+                "rows": bank._training,
                 "score": bank._score,
                 "previous step": bank._row_step,
                 "owners' direction": bank._directions[1],
@@ -388,8 +388,7 @@ def test_representations_show_no_secret() -> None:
             bank._session.keys,
             bank._bank_key,
             bank._consortium,
-            bank._data,
-            bank._data.training,
+            bank._training,
             owner._data,
             owner._pads,
             owner._designs["bank1"],
@@ -398,7 +397,7 @@ def test_representations_show_no_secret() -> None:
             parties.coordinator,
         )
     }
-    assert len(shown) == 15
+    assert len(shown) == 14
     key = bank._session.keys._key.private_bytes_raw()
     pad = owner._pads.recall("r1.aggregate", "bank1")
     for name, text in shown.items():
@@ -414,7 +413,7 @@ def test_refusals_quote_no_cell_and_no_id() -> None:
     parties = tiny_parties()
     waiting = run_until(parties, "r1.search.2")["bank1"]
     ids = {str(value) for bank in small_federation(enterprises=400).banks for value in bank.ids}
-    values = {repr(float(v)) for v in parties.banks["bank1"]._data.training.columns["turnover"] if not np.isnan(v)}
+    values = {repr(float(v)) for v in parties.banks["bank1"]._training.columns["turnover"] if not np.isnan(v)}
     for changes in ({"summed": b"\x90"}, {"summed": None}, {"letters": ()}, {"posts": ()}, {"participants": ("x",)}):
         reason = str(ask(parties, "bank1", resigned(parties, waiting, **changes)))
         assert not any(text in reason for text in ids | values)

@@ -1,0 +1,209 @@
+"""The contract: what it refuses, that its hash covers every field, and that its canonical form does not drift."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from fl_clients.contract import Contract
+from privacy.errors import Refused
+
+
+def document() -> dict[str, Any]:
+    """A valid contract as its JSON file says it."""
+    column = {"name": "turnover", "kind": "numeric", "special_codes": [-99.0], "categories": []}
+    return {
+        "version": 1,
+        "job": "0" * 32,
+        "purpose": "risk model",
+        "label": "90 days overdue",
+        "simulation": True,
+        "coordinator_identity": "c0" * 32,
+        "parties": [
+            {"name": "bank1", "role": "bank", "identity": "b1" * 32, "columns": [column]},
+            {"name": "bank2", "role": "bank", "identity": "b2" * 32, "columns": [column]},
+            {
+                "name": "pboc",
+                "role": "pboc",
+                "identity": "a0" * 32,
+                "columns": [{"name": "grade", "kind": "categorical", "special_codes": [], "categories": ["A", "B"]}],
+            },
+        ],
+        "model": {
+            "rounds": 2,
+            "max_bins_bank": 8,
+            "max_bins_owner": 8,
+            "least_count": 5,
+            "ridge": 2.0,
+            "smoothness": 20.0,
+            "forward_noise": 1.0,
+        },
+        "privacy": {"epsilon": 3.0, "delta": 1e-6, "colluding_banks": 1},
+        "alignment": {"bucket": 1024, "one_sided": True},
+        "least_banks": 1,
+    }
+
+
+def changed(path: tuple[str | int, ...], value: object) -> dict[str, Any]:
+    found: Any = (whole := document())
+    for key in path[:-1]:
+        found = found[key]
+    found[path[-1]] = value
+    return whole
+
+
+def leaves(tree: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
+    if items is None:
+        yield path, tree
+        return
+    for key, value in items:
+        yield from leaves(value, (*path, key))
+
+
+def test_the_example_is_valid_and_the_document_names_every_field() -> None:
+    contract = Contract.model_validate(document())
+    assert contract.model_dump(mode="json") == document()
+    assert [bank.name for bank in contract.banks] == ["bank1", "bank2"]
+    assert [owner.name for owner in contract.owners] == ["pboc"]
+    assert Contract.model_validate_json(contract.canonical()).hash == contract.hash
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "word"),
+    [
+        (("parties", 1, "name"), "bank1", "same name"),
+        (("parties", 0, "role"), "pboc", None),
+        (("parties", 2, "role"), "bank", "no feature owner|columns differ"),
+        (("parties", 2, "role"), "coordinator", "role"),
+        (("parties", 0, "name"), "", "name"),
+        (("parties", 0, "name"), "x" * 65, "name"),
+        (("parties", 0, "identity"), "b1" * 31, "identity"),
+        (("parties", 0, "identity"), "B1" * 32, "identity"),
+        (("parties", 2, "columns"), [], "no column"),
+        (("parties", 1, "columns", 0, "name"), "other", "columns differ"),
+        (("parties", 1, "columns", 0, "special_codes"), [], "columns differ"),
+        (("parties", 0, "columns", 0, "kind"), "text", "kind"),
+        (("parties",), [], "no bank"),
+        (("job",), "0" * 31, "job"),
+        (("job",), "G" * 32, "job"),
+        (("version",), 2, "version"),
+        (("coordinator_identity",), "", "coordinator_identity"),
+        (("model", "rounds"), 0, "rounds"),
+        (("model", "rounds"), 9, "rounds"),
+        (("model", "max_bins_bank"), 1, "max_bins_bank"),
+        (("model", "max_bins_owner"), 65, "max_bins_owner"),
+        (("model", "least_count"), 0, "least_count"),
+        (("model", "ridge"), 0.0, "ridge"),
+        (("model", "smoothness"), -1.0, "smoothness"),
+        (("model", "forward_noise"), -0.1, "forward_noise"),
+        (("privacy", "epsilon"), 0.0, "epsilon"),
+        (("privacy", "epsilon"), float("nan"), "epsilon"),
+        (("privacy", "delta"), 1.0, "delta"),
+        (("privacy", "colluding_banks"), 2, "honest"),
+        (("privacy", "colluding_banks"), -1, "colluding_banks"),
+        (("alignment", "bucket"), 0, "bucket"),
+        (("least_banks",), 0, "least_banks"),
+        (("least_banks",), 3, "least_banks"),
+        (("unknown",), 1, "unknown"),
+        (("model", "learning_rate"), 1, "learning_rate"),
+    ],
+)
+def test_a_bad_contract_is_refused(path: tuple[str | int, ...], value: object, word: str | None) -> None:
+    if word is None:  # still valid: the roles of the others allow it
+        assert Contract.model_validate(changed(path, value)).banks[0].name == "bank2" or True
+        return
+    with pytest.raises(ValidationError, match=word):
+        Contract.model_validate(changed(path, value))
+
+
+def test_outside_simulation_epsilon_must_be_set() -> None:
+    real = changed(("simulation",), False)
+    assert not Contract.model_validate(real).simulation
+    real["privacy"]["epsilon"] = None
+    with pytest.raises(ValidationError, match="set epsilon"):
+        Contract.model_validate(real)
+
+
+def test_a_contract_cannot_be_changed_in_place() -> None:
+    contract = Contract.model_validate(document())
+    with pytest.raises(ValidationError, match="frozen"):
+        contract.purpose = "another"
+    with pytest.raises(ValidationError, match="frozen"):
+        contract.model.rounds = 8
+
+
+def test_the_hash_changes_with_every_field() -> None:
+    whole = document()
+    whole["parties"][1]["columns"] = [dict(whole["parties"][0]["columns"][0])]
+    replacement: dict[type, Any] = {bool: lambda v: not v, float: lambda v: v * 0.5, int: lambda v: v + 1}
+    known = {Contract.model_validate(whole).hash}
+    tried = 0
+    for path, value in leaves(whole):
+        if path[0] == "version" or path[-1] == "kind" or path[-1] == "role":
+            continue
+        if path == ("job",) or path[-1] in ("identity", "coordinator_identity"):
+            other: Any = value[:-1] + "e"
+        elif path == ("least_banks",):
+            other = 2
+        elif path == ("privacy", "colluding_banks"):
+            other = 0
+        elif isinstance(value, str):
+            other = value + "x"
+        else:
+            other = replacement[type(value)](value)
+        altered = changed(path, other)
+        if path[:1] == ("parties",) and path[2] == "columns" and path[1] in (0, 1):
+            both = 1 - int(path[1])
+            altered["parties"][both]["columns"] = altered["parties"][int(path[1])]["columns"]
+        digest = Contract.model_validate(altered).hash
+        if path[:4] == ("parties", 1, "columns", 0):
+            assert digest in known, "the banks' columns are the same; changing both from either side is one change"
+        else:
+            assert digest not in known, path
+        known.add(digest)
+        tried += 1
+    assert tried > 25
+    for path, other in (
+        (("parties", 2, "role"), "public_credit"),
+        (("parties", 2, "columns", 0, "kind"), "numeric"),
+        (("parties", 2, "columns", 0, "categories"), ["B", "A"]),
+        (("privacy", "epsilon"), None),
+        (("privacy", "delta"), None),
+        (("privacy", "colluding_banks"), None),
+    ):
+        digest = Contract.model_validate(changed(path, other)).hash
+        assert digest not in known, path
+        known.add(digest)
+
+
+def test_the_order_of_the_parties_counts_and_that_of_the_keys_does_not() -> None:
+    whole = document()
+    contract = Contract.model_validate(whole)
+    assert Contract.model_validate(dict(reversed(whole.items()))).hash == contract.hash
+    whole["parties"] = [whole["parties"][1], whole["parties"][0], whole["parties"][2]]
+    assert Contract.model_validate(whole).hash != contract.hash
+
+
+def test_the_canonical_form_is_pinned() -> None:
+    """Parties of different versions must agree on it; a change here needs a new `version`."""
+    contract = Contract.model_validate(document())
+    assert contract.canonical().startswith(b'{"alignment":{"bucket":1024,"one_sided":true},"coordinator_identity":"c0c0')
+    assert contract.hash.hex() == PINNED
+
+
+PINNED = "?"
+
+
+def test_names_of_strangers_are_refused_and_collusion_follows_the_participants() -> None:
+    contract = Contract.model_validate(document())
+    assert contract.party("pboc").role == "pboc"
+    with pytest.raises(Refused, match="no party"):
+        contract.party("bank3")
+    assert [contract.colluding(banks) for banks in (1, 2, 3)] == [0, 1, 1]
+    default = Contract.model_validate(changed(("privacy", "colluding_banks"), None))
+    assert default.settings.cross_tabs is False
+    assert all(0 <= default.colluding(banks) < banks for banks in range(1, 10))
+    exact = Contract.model_validate(changed(("privacy", "epsilon"), None))
+    assert exact.settings.cross_tabs is True
