@@ -65,6 +65,8 @@ class PrivacyTerms(_Frozen):
     epsilon: float | None = Field(default=None, gt=0)
     delta: float | None = Field(default=None, gt=0, lt=1)
     """None: 1 / (10 n), n the training rows of all banks."""
+    banks_per_enterprise: int = Field(default=1, ge=1)
+    """The privacy unit is the enterprise: at most so many banks may share one, and all noise is scaled by it."""
     colluding_banks: int | None = Field(default=None, ge=0)
     """Banks that may subtract their own noise shares: at least the one that looks; None: all but two."""
 
@@ -116,6 +118,8 @@ class Contract(_Frozen):
             raise ValueError(f"colluding_banks={colluding} of {len(self.banks)} banks; at least one must be honest")
         if colluding == 0 and len(self.banks) > 1:
             raise ValueError("colluding_banks=0: a bank can always subtract its own noise share; give 1 or more")
+        if self.privacy.banks_per_enterprise > len(self.banks):
+            raise ValueError(f"banks_per_enterprise={self.privacy.banks_per_enterprise} of {len(self.banks)} banks")
         if not self.simulation and self.privacy.epsilon is None:
             raise ValueError("no epsilon: outside simulation exact sums would reveal labels of pure bins; set epsilon")
         return self

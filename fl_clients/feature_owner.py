@@ -109,6 +109,7 @@ class FeatureOwner:
             self._aligned[bank.name] = AlignedRows(training=rows[:training], held_out=rows[training:])
         self._matching.erase()
         self._matching = None
+        self._check_sharing()
         if not any((aligned.training >= 0).any() for aligned in self._aligned.values()):
             raise Refused(f"no enterprise of the banks is known to {self._name}; leave it out of the job")
         model = contract.model
@@ -127,6 +128,22 @@ class FeatureOwner:
         self._weights = np.zeros(bins, np.int64)
         self._step = np.zeros(bins, np.int64)
         return Outgoing(posts=(session.post(request, "banks", {"bins": bins}),))
+
+    def _check_sharing(self) -> None:
+        """With epsilon no enterprise may be known to more banks than the noise was made for."""
+        privacy = self._contract.privacy
+        if privacy.epsilon is None:
+            return
+        times = np.zeros(len(self._data.ids), np.int64)
+        for aligned in self._aligned.values():
+            rows = np.concatenate([aligned.training, aligned.held_out])
+            times[rows[rows >= 0]] += 1
+        if times.size and int(times.max()) > privacy.banks_per_enterprise:
+            raise Refused(
+                f"{int((times > privacy.banks_per_enterprise).sum())} enterprises are customers of more than "
+                f"{privacy.banks_per_enterprise} banks, up to {int(times.max())}: epsilon would not hold for them; "
+                "raise banks_per_enterprise in the contract"
+            )
 
     def _without_revoked(self, rows: Int64) -> Int64:
         """Enterprises whose consent was revoked meanwhile are unknown from here on."""

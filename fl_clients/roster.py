@@ -78,6 +78,7 @@ class Roster:
             features_owners={owner.name: len(owner.columns) for owner in self.contract.owners},
             rounds=rounds,
             bin_levels=LEVELS,
+            banks_per_enterprise=self.contract.privacy.banks_per_enterprise,
             honest_banks=len(self.contract.banks) - self.contract.colluding(len(self.contract.banks)),
             inner_steps=INNER_STEPS,
             search_sensitivities=[sensitivities(3 if number == 1 else 4) for number in range(1, rounds + 1)],

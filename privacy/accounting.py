@@ -214,6 +214,7 @@ def scorecard_releases(
     search_sensitivities: Sequence[tuple[float, float]],
     bin_levels: int = BIN_LEVELS,
     honest_banks: int = 2,
+    banks_per_enterprise: int = 1,
 ) -> tuple[Release, ...]:
     """Everything the main job releases about the banks' records (derivations: docs/privacy-accounting.md).
 
@@ -222,14 +223,16 @@ def scorecard_releases(
     "search.<round>.gradient", "search.<round>.curvature": per inner step, `search_sensitivities[round - 1]` are their
     L2 sensitivities, in whose units the stds are.
     "histogram": one count per held-out row; disjoint from the training rows, so in parallel.
+    `banks_per_enterprise`: one enterprise that is a customer of k banks changes every sum by up to k rows, so every
+    sensitivity is k times that of one row (k^2 in rho).
     `honest_banks`: banks whose noise shares remain (n - c); each share of a count must stay a discrete Gaussian.
     """
     if features_bank < 1 or not features_owners or min(features_owners.values()) < 1:
         raise Refused(f"{features_bank} bank features and owners' {dict(features_owners)}; every party needs 1 or more")
-    if rounds < 1 or inner_steps < 1 or bin_levels < 1 or honest_banks < 1:
+    if min(rounds, inner_steps, bin_levels, honest_banks, banks_per_enterprise) < 1:
         raise Refused(
-            f"{rounds} rounds, {inner_steps} inner steps, {bin_levels} bin levels, {honest_banks} honest banks; each "
-            "must be 1 or more"
+            f"{rounds} rounds, {inner_steps} inner steps, {bin_levels} bin levels, {honest_banks} honest banks, "
+            f"{banks_per_enterprise} banks per enterprise; each must be 1 or more"
         )
     if len(search_sensitivities) != rounds:
         raise Refused(f"{len(search_sensitivities)} line-search sensitivities for {rounds} rounds; give one per round")
@@ -262,7 +265,7 @@ def scorecard_releases(
     releases.append(
         Release(name="histogram", l2_sensitivity=1.0, count=1, weight=1.0, group="held-out", least_std=least_count_std)
     )
-    return tuple(releases)
+    return tuple(replace(release, l2_sensitivity=release.l2_sensitivity * banks_per_enterprise) for release in releases)
 
 
 def _check_attempts(attempts: Mapping[str, int], names: Sequence[str] | Mapping[str, float]) -> None:

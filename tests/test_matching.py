@@ -76,3 +76,36 @@ def test_list_sizes_leave_a_party_rounded_up_to_the_bucket_only() -> None:
         announced = outcome.roster.announcements[owner.name]
         assert announced.list_size % 64 == 0
         assert announced.list_size - 64 < len(owner.ids) <= announced.list_size
+
+
+def shared_federation() -> Federation:
+    """Two banks with the same 60 customers among their own."""
+    federation = small_federation(banks=2, owners=2, enterprises=400)
+    first, second = federation.banks
+    known = np.flatnonzero(np.isin(first.ids, federation.owners[0].ids))[:60]
+    columns = {name: np.concatenate([values, first.columns[name][known]]) for name, values in second.columns.items()}
+    both = replace(
+        second,
+        ids=np.concatenate([second.ids, first.ids[known]]),
+        label=np.concatenate([second.label, first.label[known]]),
+        held_out=np.concatenate([second.held_out, first.held_out[known]]),
+        columns=columns,
+    )
+    return replace(federation, banks=(first, both))
+
+
+def test_an_enterprise_of_two_banks_needs_a_contract_that_says_so() -> None:
+    federation, terms = shared_federation(), AlignmentTerms(bucket=8)
+    settings = replace(SETTINGS, cross_tabs=False)
+    parties = make_parties(federation, settings, PrivacyTerms(epsilon=3.0), None, terms)
+    with pytest.raises(JobStoppedError, match="60 enterprises are customers of more than 1 banks, up to 2"):
+        run_in_memory(parties, lambda done, total, step: None)
+    single = make_parties(small_federation(banks=2, owners=2), settings, PrivacyTerms(epsilon=3.0), None, terms)
+    double = make_parties(federation, settings, PrivacyTerms(epsilon=3.0, banks_per_enterprise=2), None, terms)
+    outcomes = [run_in_memory(parties, lambda done, total, step: None) for parties in (single, double)]
+    stds = [outcome.roster.std("sums") for outcome in outcomes]
+    # delta follows the number of rows, so the factor is 2 up to that
+    assert stds[1] == pytest.approx(2 * stds[0], rel=0.1)
+    assert stds[1] > 1.8 * stds[0]
+    twin = run_twin(pool(federation), settings, noise_totals(double, outcomes[1]), outcomes[1].roster.noise_stds)
+    assert is_exact(model_files(double), twin, double)

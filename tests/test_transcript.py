@@ -94,12 +94,12 @@ ALL_FORMS = (*NUMBER_TYPES, *TEXT_FORMS)
 
 
 def _bits(numbers: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """What each value tells: by its frequency in the vector (the commonest value nothing), and at least 10 bits for
-    large and for broken numbers."""
+    """What each value tells: by its frequency in the vector (the commonest nothing, small counts little: they are
+    everywhere), and at least 10 bits for large and for broken numbers."""
     _, group, counts = np.unique(numbers, return_inverse=True, return_counts=True)
     by_frequency = -np.log2(counts / len(numbers))[group]
     rare = (np.abs(numbers) >= 4096) | (numbers != np.rint(numbers))
-    told = np.maximum(by_frequency, np.where(rare, 10.0, 0.0))
+    told = np.where(rare, np.maximum(by_frequency, 10.0), np.minimum(by_frequency, 1 + np.log2(np.abs(numbers) + 2)))
     return np.where((group == np.argmax(counts)) & (counts.max() > 3), 0.0, told)
 
 
