@@ -202,7 +202,9 @@ def list_consents(
                 for row in opened.purposes(now):
                     shown.add_row(row.purpose, f"{row.live:,}", f"{row.not_live:,}")
             else:
-                shown = Table("enterprise", "granted", "expires", "revoked", "live", title=purpose)
+                shown = Table(title=purpose)
+                for heading in ("enterprise", "granted", "expires", "revoked", "live"):
+                    shown.add_column(heading, no_wrap=heading == "enterprise")
                 for entry in opened.entries(purpose, now, limit):
                     days = (entry.granted, entry.expires, entry.revoked)
                     texts = [day.strftime("%Y-%m-%d %H:%MZ") if day else "" for day in days]

@@ -165,8 +165,10 @@ class Matching:
 
     def erase(self) -> None:
         """Forget every scalar: who took this machine later could otherwise try out all codes."""
-        for side in (*self._two_way.values(), *self._queriers.values()):
+        for side in self._two_way.values():
             side.erase()
+        for querier in self._queriers.values():
+            querier.erase()
         if self._publisher is not None:
             self._publisher.erase()
 

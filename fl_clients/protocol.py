@@ -247,6 +247,8 @@ def decode_reply(data: bytes, contract: Contract, party: str, request: Request) 
     unread = reply.refused is not None and reply.step == "" and (reply.job, reply.party) == (request.job, party)
     if unread:  # a vault that could not read the request cannot name its step
         return reply
+    if reply.refused is not None:
+        return reply  # a vault that cannot read a request cannot name its step either
     if (reply.job, reply.step, reply.attempt, reply.party) != (request.job, request.step, request.attempt, party):
         raise Refused(f"{party} answered {reply.step} attempt {reply.attempt} to {request.step} {request.attempt}")
     return reply

@@ -303,7 +303,8 @@ class Coordinator:
 
     def _take(self, reply: Reply, step: Step, summands: dict[str, bytes]) -> None:
         """Mail in another party's name would not open; stopping here names the one who sent it."""
-        for mail in (*reply.letters, *reply.posts):
+        brought: list[Letter | Post] = [*reply.letters, *reply.posts]
+        for mail in brought:
             if mail.sender != reply.party or mail.step != step.name:
                 raise Refused(f"mail of {mail.sender} for step {mail.step} came from {reply.party}")
         self._mail.letters.extend(reply.letters)

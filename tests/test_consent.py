@@ -1,7 +1,9 @@
 """Consent: imports are all or nothing, only live consent counts, a revocation holds before the next step."""
 
 import stat
+import tempfile
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -198,18 +200,14 @@ def test_live_is_what_the_docstring_says(events, moment):
     def at(hours):
         return (start + timedelta(hours=hours)).isoformat() if hours is not None else None
 
-    store = ConsentStore.__new__(ConsentStore)
-    import sqlite3
-
-    from fl_clients import consent
-
-    store._database = sqlite3.connect(":memory:", isolation_level=None)
-    store._database.execute(consent._TABLE)
-    take(store, *(row(A, granted=at(g), expires=at(e), revoked=at(r)) for g, (e, r) in grants.items()))
+    with tempfile.TemporaryDirectory() as folder:
+        store = ConsentStore(Path(folder) / "consent.sqlite")
+        take(store, *(row(A, granted=at(g), expires=at(e), revoked=at(r)) for g, (e, r) in grants.items()))
+        found = live(store, A, now=start + timedelta(hours=moment))
+        store.close()
     revocations = [r for _, r in grants.values() if r is not None]
     expected = any(g <= moment < e and not any(g <= r <= moment for r in revocations) for g, (e, _) in grants.items())
-    assert live(store, A, now=start + timedelta(hours=moment)) == [expected]
-    store.close()
+    assert found == [expected]
 
 
 def test_the_command(tmp_path):

@@ -39,7 +39,7 @@ def document() -> dict[str, Any]:
             "smoothness": 20.0,
             "forward_noise": 1.0,
         },
-        "privacy": {"epsilon": 3.0, "delta": 1e-6, "colluding_banks": 1},
+        "privacy": {"epsilon": 3.0, "delta": 1e-6, "banks_per_enterprise": 1, "colluding_banks": 1},
         "alignment": {"bucket": 1024, "one_sided": True},
         "least_banks": 1,
     }
@@ -190,7 +190,7 @@ def test_the_canonical_form_is_pinned() -> None:
     assert contract.hash.hex() == PINNED
 
 
-PINNED = "4ad2c6aa76543ab0ec306f80fff273b21037f68a07e3c8fe4b25bf7a816a2a09"
+PINNED = "2e156bb1ae7f9f24676306aa1fcc54b96f4fcd16fa36d084f0ab0f9723ff8cc2"
 
 
 def test_names_of_strangers_are_refused_and_collusion_follows_the_participants() -> None:
