@@ -5,15 +5,20 @@ from typing import Annotated
 
 import typer
 
+from fl_clients.data_cli import consent_app, data_app
 from privacy.errors import Refused
 from privacy.identity import SigningIdentity, fingerprint
 
 app = typer.Typer(
-    help="An institution's node: its identity. Deployment of vault and courier comes with a later release.",
+    help="An institution's node: its identity, its own data and consents. Deployment comes with a later release.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+app.add_typer(data_app, name="data")
+app.add_typer(consent_app, name="consent")
 
 
 @app.callback()

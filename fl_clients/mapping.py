@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fl_clients.sources import Source
@@ -332,8 +333,6 @@ def _alike(left: str, right: str) -> float:
 
 def dump_mapping(mapping: TableMapping) -> str:
     """The mapping as TOML that `load_mapping` reads back to the same."""
-    import tomli_w
-
     document = mapping.model_dump(mode="python", by_alias=True, exclude_none=True, exclude_defaults=True)
     return tomli_w.dumps({"version": mapping.version, **_toml(document)})
 

@@ -244,11 +244,9 @@ def encode_reply(reply: Reply, identity: SigningIdentity) -> bytes:
 def decode_reply(data: bytes, contract: Contract, party: str, request: Request) -> Reply:
     """Raises `Refused` unless `party` signed it as its answer to `request`."""
     reply: Reply = _decode(Reply, data, _REPLY, bytes.fromhex(contract.party(party).identity), party)
-    unread = reply.refused is not None and reply.step == "" and (reply.job, reply.party) == (request.job, party)
-    if unread:  # a vault that could not read the request cannot name its step
+    # a vault that cannot read a request cannot name its step, and one of another contract names that contract
+    if reply.refused is not None and reply.party == party and reply.step in ("", request.step):
         return reply
-    if reply.refused is not None:
-        return reply  # a vault that cannot read a request cannot name its step either
     if (reply.job, reply.step, reply.attempt, reply.party) != (request.job, request.step, request.attempt, party):
         raise Refused(f"{party} answered {reply.step} attempt {reply.attempt} to {request.step} {request.attempt}")
     return reply

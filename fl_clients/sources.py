@@ -513,12 +513,16 @@ def _mysql(source: Source) -> Iterator[pymysql.cursors.SSCursor]:
         )
     except pymysql.MySQLError as error:
         raise _mysql_error(source, 0, error) from None
+    cursor = connection.cursor()
     try:
-        # the cursor is not closed: closing an unbuffered cursor reads the rest of the table first
-        yield connection.cursor()
+        yield cursor
     except pymysql.MySQLError as error:
         raise _mysql_error(source, 0, error) from None
     finally:
+        # closing an unbuffered cursor reads the rest of the table first, also when it is collected: let go of it
+        cursor.connection = None
+        if (result := connection._result) is not None:
+            result.unbuffered_active = False
         connection.close()
 
 

@@ -93,7 +93,7 @@ def test_a_vault_that_could_not_read_a_request_is_heard_and_still_must_sign(part
     refusal = Reply(job=parties.contract.hash, step="", attempt=0, party="tax", refused="not readable")
     read = decode_reply(encode_reply(refusal, identity_of(parties, "tax")), parties.contract, "tax", request)
     assert read.refused == "not readable"
-    for wrong in (replace(refusal, refused=None), replace(refusal, party="pboc"), replace(refusal, job=bytes(32))):
+    for wrong in (replace(refusal, refused=None), replace(refusal, party="pboc"), replace(refusal, step="r1.open")):
         with pytest.raises(Refused):
             decode_reply(encode_reply(wrong, identity_of(parties, "tax")), parties.contract, "tax", request)
 

@@ -342,7 +342,7 @@ def test_console_tables() -> None:
     total = next(line for line in lines if "total" in line)
     assert [cell.strip() for cell in total.split("|")][1:7] == ["total", "", "10", "3.900", "1.0 MB", "10.4 MB"]
     sender = next(line for line in lines if "PBOC bureau" in line and "5.0 MB" in line)
-    assert [cell.strip() for cell in sender.split("|")][1:4] == ["PBOC bureau", "-", "5.0 MB"]
+    assert [cell.strip() for cell in sender.split("|")][1:4] == ["PBOC bureau", "coordinator", "5.0 MB"]
     assert len(console_tables(a_result(), bare_sections())) == 1
 
 
