@@ -29,6 +29,7 @@ from privacy.masks import pairwise_mask
 from privacy.noise import NoiseSource
 from privacy.parameters import rows_per_ciphertext
 from privacy.permutation import random_order
+from privacy.sealing import encode_fields
 from privacy.secure_sum import ConsortiumKey
 
 Int64 = npt.NDArray[np.int64]
@@ -45,6 +46,8 @@ class _Pending:
     """A secure sum that this bank took part in and has not opened."""
 
     step: str
+    attempt: int
+    participants: tuple[str, ...]
     length: int
     largest: int
 
@@ -158,7 +161,7 @@ class Bank:
 
     def _take_owner_bins(self, request: Request) -> None:
         owners = [owner.name for owner in self._contract.owners]
-        contents = self._session.posts(request, Step(kind=StepKind.PREPARE), owners, "banks")
+        contents = self._session.letters(request, Step(kind=StepKind.PREPARE), owners)
         self._owner_bins = {name: int(content["bins"]) for name, content in contents.items()}
 
     def _end_matching(self, request: Request) -> None:
@@ -219,11 +222,18 @@ class Bank:
             noised = noised + np.concatenate(parts)
         largest += int(tail) + 1
         parameters = session.roster.sum_parameters
-        length = secure_sum.packed_length(len(values), largest, parameters)
-        mask = self._pairwise_mask(step, request, "consortium", length, parameters.log_t)
+        self._pending = _Pending(
+            step=step.name, attempt=request.attempt, participants=banks, length=len(values), largest=largest
+        )
         packed = secure_sum.pack(noised, largest, parameters)
-        self._pending = _Pending(step=step.name, length=len(values), largest=largest)
-        return self._key().encrypt((packed + mask) & np.uint64(parameters.mask))
+        checked = np.append(packed, np.uint64(self._check_value(self._pending, self._name)))
+        mask = self._pairwise_mask(step, request, "consortium", len(checked), parameters.log_t)
+        return self._key().encrypt((checked + mask) & np.uint64(parameters.mask))
+
+    def _check_value(self, pending: _Pending, bank: str) -> int:
+        names = encode_fields(name.encode() for name in pending.participants)
+        fields = (self._contract.hash, pending.step.encode(), str(pending.attempt).encode(), names, bank.encode())
+        return self._key().check_value(encode_fields(fields))
 
     def _live(self, rows: LabelledRows) -> Bool:
         return self._consent(rows.ids)
@@ -264,14 +274,20 @@ class Bank:
             raise Refused(f"step {request.step}: the sum of {pending.step} is missing")
         parameters = self._session.roster.sum_parameters
         length = secure_sum.packed_length(pending.length, pending.largest, parameters)
-        opened = self._key().open(request.summed, length)
-        total = secure_sum.unpack(opened, pending.length, pending.largest, parameters)
+        opened = self._key().open(request.summed, length + 1)
+        expected = sum(self._check_value(pending, bank) for bank in pending.participants) & parameters.mask
+        if int(opened[-1]) != expected:
+            raise Refused(
+                f"the sum of {pending.step} is not that of attempt {pending.attempt} and banks "
+                f"{list(pending.participants)}: a ciphertext was damaged or the coordinator mixed attempts"
+            )
+        total = secure_sum.unpack(opened[:-1], pending.length, pending.largest, parameters)
         self._remember(pending.step, total.tobytes())
         self._pending = None
         return total
 
     def _remember(self, step: str, opened: bytes) -> None:
-        self._opened = (step, hashlib.sha256(opened).digest())
+        self._opened = (step, self._key().digest(opened))
         self._confirmed = len(self._contract.banks) == 1
 
     def _opened_post(self, request: Request) -> tuple[Post, ...]:

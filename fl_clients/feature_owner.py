@@ -127,7 +127,8 @@ class FeatureOwner:
         self._check_rows()
         self._weights = np.zeros(bins, np.int64)
         self._step = np.zeros(bins, np.int64)
-        return Outgoing(posts=(session.post(request, "banks", {"bins": bins}),))
+        letters = [session.letter(request, bank, {"bins": bins}) for bank in request.participants]
+        return Outgoing(letters=tuple(letters))
 
     def _check_sharing(self) -> None:
         """With epsilon no enterprise may be known to more banks than the noise was made for."""

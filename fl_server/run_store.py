@@ -83,11 +83,15 @@ def outcome_figures(contract: Contract, outcome: Outcome) -> dict[str, Any]:
     }
 
 
+MOST_AUC_NOISE = 0.1
+"""Standard deviation of the AUC above which pooled metrics would mislead and are left out."""
+
+
 def _pooled_metrics(histogram: ScoreHistogram, roster: Roster) -> dict[str, float] | None:
     """What the coordinator may know of the model's quality; None where the noise drowns the held-out rows."""
-    if not histogram.is_usable:
-        return None
     noise_std = roster.total_std(roster.std("histogram"), len(roster.contract.banks))
+    if not histogram.is_usable or histogram.auc_noise_std(noise_std) > MOST_AUC_NOISE:
+        return None
     return {
         "auc": histogram.auc(),
         "auc_error_bound": histogram.auc_error_bound(),

@@ -53,7 +53,7 @@ class Penalty:
 class ScorecardSettings:
     """What a job fixes about the additive scorecard (one default for all data sets).
 
-    rounds: training rounds, 2..8 (each shows the banks one noised sum of directions). max_bins_owner, max_bins_bank:
+    rounds: training rounds, 1..8 (each shows the banks one noised sum of directions). max_bins_owner, max_bins_bank:
     ordered bins or categories per feature. forward_noise: standard deviations of an owner's direction added to it,
     per enterprise. least_count: rows under which a category joins "other". cross_tabs: the banks sum their full
     cross-tab; False when epsilon is set (PROTOCOL rule 3).

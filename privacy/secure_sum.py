@@ -13,6 +13,7 @@ Source: BFV; masks of Bonawitz et al. 2017 without their key server; packing as 
 """
 
 import hashlib
+import hmac
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,6 +92,7 @@ class ConsortiumKey:
             self._secret = sealapi.KeyGenerator(self._context).secret_key()
         else:
             self._secret = seal_bytes.load(sealapi.SecretKey(), self._context, secret_bytes, "consortium key")
+        self._serialised = seal_bytes.dump(self._secret) if secret_bytes is None else bytes(secret_bytes)
         self._encryptor = sealapi.Encryptor(self._context, self._secret)
         self._decryptor = sealapi.Decryptor(self._context, self._secret)
 
@@ -98,14 +100,30 @@ class ConsortiumKey:
         return "ConsortiumKey(secret)"
 
     def secret_bytes(self) -> bytes:
-        """The key for another bank: only ever sealed to that bank (`privacy.sealing`)."""
-        return seal_bytes.dump(self._secret)
+        """The key for another bank: only ever sealed to it (`privacy.sealing`). Everywhere its maker's bytes."""
+        return self._serialised
+
+    def check_value(self, context: bytes) -> int:
+        """A number modulo t that only key holders can compute (HMAC-SHA256): each bank adds its own to its summand.
+
+        The opened sum must show the sum of all participants' numbers for this step, attempt and list of participants;
+        a coordinator that hands out the sum of another attempt is found before anybody uses it.
+        """
+        return int.from_bytes(self._keyed(b"check value", context)[:8]) & self.parameters.mask
+
+    def digest(self, opened: bytes) -> bytes:
+        """A keyed digest of what was opened, for the other key holders to compare: nobody else can test a guess."""
+        return self._keyed(b"opened sum", opened)
+
+    def _keyed(self, use: bytes, data: bytes) -> bytes:
+        key = hashlib.sha256(b"xinyi " + use + b"|" + self._serialised).digest()
+        return hmac.digest(key, data, "sha256")
 
     def fingerprint(self) -> str:
         """SHA-256 of the key's serialisation, bound to nothing else; whoever signs it binds it to a job.
 
         It lets a guess of the key be checked, and 4096 uniform ternary coefficients from a 512-bit seed cannot be
-        guessed. All banks need the same SEAL build, whose compression is part of what is hashed.
+        guessed.
         """
         return hashlib.sha256(b"xinyi consortium key" + self.secret_bytes()).hexdigest()
 

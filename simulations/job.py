@@ -193,7 +193,12 @@ def _ray(folder: Path) -> Iterator[None]:
     import ray
 
     environment = {"PYTHONPATH": os.pathsep.join(sys.path), SOCKET_FOLDER: str(folder)}
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": environment})
+    ray.init(
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": environment},
+    )
     try:
         yield
     finally:

@@ -121,7 +121,10 @@ def run_job(federation: Federation, options: Options, watch: Watch = lambda done
     }
     plan = outcome.roster.plan
     if plan is not None:
-        result["privacy"]["epsilon_spent"] = epsilon_after(plan, extra_attempts(outcome))
+        spent = epsilon_after(plan, extra_attempts(outcome))
+        result["privacy"]["epsilon_spent"] = spent
+        # attempts that were run again are charged again, so the job may have cost more than the contract's epsilon
+        result["privacy"]["epsilon"] = max(spent, plan.epsilon)
         result["privacy"]["releases"] = [
             dict(zip(("name", "times", "l2", "std"), r, strict=True)) for r in _releases(outcome)
         ]
@@ -361,6 +364,7 @@ def _sections(
     result: Mapping[str, Any],
 ) -> ReportSections:
     histogram = ScoreHistogram.from_vector(np.array(outcome.histogram, np.int64))
+    usable = result["pooled_metrics"] is not None
     note = federation.note
     if federation.synthetic:
         note = f"SYNTHETIC DATA: every relation in it is invented. {note}"
@@ -368,9 +372,9 @@ def _sections(
         job=f"{federation.name} (job {parties.contract.job[:8]})",
         date=time.strftime("%Y-%m-%d %H:%M", time.gmtime()) + " UTC",
         curves=curves,
-        ks=histogram.ks_curve() if histogram.is_usable else None,
-        calibration=histogram.calibration() if histogram.is_usable else (),
-        lift=histogram.lift() if histogram.is_usable else (),
+        ks=histogram.ks_curve() if usable else None,
+        calibration=histogram.calibration() if usable else (),
+        lift=histogram.lift() if usable else (),
         scorecard=_scorecards(federation, models),
         point_scale=PointScale(),
         steps=_steps(outcome.steps),

@@ -391,3 +391,15 @@ def test_a_coordinator_can_shift_a_sum_within_its_bound() -> None:
     assert shifted(1000).tolist() == [1005, -5]
     with pytest.raises(Refused, match="leaves its bound"):
         shifted(-(1 << 46) - 6)
+
+
+def test_check_values_are_equal_for_every_key_holder_and_differ_by_context() -> None:
+    maker = ConsortiumKey(choose_sum(parties=3))
+    other = ConsortiumKey(choose_sum(parties=3), maker.secret_bytes())
+    assert other.fingerprint() == maker.fingerprint()
+    values = {maker.check_value(context) for context in (b"bins.1|0|bank1", b"bins.1|1|bank1", b"bins.1|0|bank2")}
+    assert len(values) == 3
+    assert all(0 <= value < 1 << maker.parameters.log_t for value in values)
+    assert other.check_value(b"bins.1|0|bank1") == maker.check_value(b"bins.1|0|bank1")
+    stranger = ConsortiumKey(choose_sum(parties=3))
+    assert stranger.check_value(b"bins.1|0|bank1") != maker.check_value(b"bins.1|0|bank1")

@@ -592,12 +592,17 @@ def test_with_one_bank_the_sum_is_that_banks_and_the_test_above_would_see_it() -
 
 
 def test_a_bank_gets_only_the_mail_that_the_table_allows(run: RecordedRun) -> None:
-    letters = {frozenset({"secret"}), frozenset({"product"}), frozenset({"share"}), frozenset({"list"})}
+    letters = {
+        frozenset({"secret"}),
+        frozenset({"product"}),
+        frozenset({"share"}),
+        frozenset({"list"}),
+        frozenset({"bins"}),
+    }
     posts = {
         frozenset({"public", "training_rows", "held_out_rows"}),
         frozenset({"public", "training_rows", "held_out_rows", "list_size"}),
         frozenset({"fingerprint", "maker"}),
-        frozenset({"bins"}),
         frozenset({"opened", "digest"}),
     }
     for bank in run.parties.banks:

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -280,13 +281,26 @@ def test_a_step_that_fails_ends_the_job_at_this_vault() -> None:
     ).summand
     altered = resigned(parties, waiting, summed=summand)
     reason = ask(parties, "bank1", altered)
-    assert "bound" in str(reason)
+    assert "is not that of attempt 0" in str(reason)
     assert ask(parties, "bank1", altered) == reason, "the same question, the same answer"
     assert "other content" in str(ask(parties, "bank1", waiting))
     for changes in ({"attempt": 1}, {"step": "bins.1", "attempt": 1}, {"step": "bins.3"}, {"step": "close"}):
         later = str(ask(parties, "bank1", resigned(parties, waiting, **changes)))
         assert "stopped this job" in later
-        assert "bound" not in later, "not even the kind of failure is told for further mail"
+        assert "is not that" not in later, "not even the kind of failure is told for further mail"
+
+
+def test_the_sum_of_another_attempt_is_refused_before_anybody_uses_it() -> None:
+    """A bank's feigned death must not let the coordinator open two different subsets of one step."""
+    parties = tiny_parties(least_banks=2)
+    waiting = run_until(parties, "bins.2")["bank1"]
+    first = decode_request(waiting, parties.contract)
+    again = encode_request(
+        replace(first, step="bins.1", attempt=1, participants=("bank1", "bank2"), summed=None), parties.coordinator
+    )
+    assert ask(parties, "bank1", again) is None
+    mixed = resigned(parties, waiting, attempt=1, participants=("bank1", "bank2"))
+    assert "is not that of attempt 1 and banks ['bank1', 'bank2']" in str(ask(parties, "bank1", mixed))
 
 
 def test_an_unexpected_exception_ends_the_job_at_this_vault_too(monkeypatch: pytest.MonkeyPatch) -> None:
