@@ -67,13 +67,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def points_from_bytes(data: bytes, what: str) -> UInt8:
-    """Packed encodings as uint8[n, 32], not yet checked to be points. Not a multiple of 32 bytes: `Refused`."""
-    if len(data) % POINT_BYTES:
-        raise Refused(f"{what}: {len(data)} bytes, not a multiple of {POINT_BYTES}; the message is damaged")
-    return np.frombuffer(data, np.uint8).reshape(-1, POINT_BYTES)
-
-
 def hash_to_group(messages: Sequence[bytes], domain: bytes) -> UInt8:
     """RFC 9380 hash of each message to a point, uint8[n, 32]. `domain`: the separation tag, 1 to 255 bytes."""
     points = np.empty((len(messages), POINT_BYTES), np.uint8)

@@ -4,7 +4,8 @@ Guarantee: `open` returns what the peer sealed for this very job, step, attempt,
 label; any other context, peer or a changed byte is `Refused`. Against: the coordinator and every other party.
 Forward secrecy: job keys are fresh per job and forgotten at its end; an identity stolen later opens nothing.
 Not hidden: sizes and times. Not prevented here: the same letter delivered twice (vaults answer a step once).
-Assumes: the peer's public key came in an announcement signed by its identity (`verify_announcement`).
+Assumes: the peer's public key came in an announcement signed by its identity (a signed post of the protocol's first
+step).
 Formula: key = HKDF-SHA256(X25519(mine, peer), salt = job, info = SHA-256(purpose, both public keys, context)),
 sealed = nonce (12 random bytes) + ChaCha20-Poly1305(key, nonce, plaintext, associated data = context).
 Source: RFC 7748, 5869, 8439, through `cryptography`.
@@ -22,7 +23,6 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from privacy.errors import Refused
-from privacy.identity import SigningIdentity, verify
 
 JOB_BYTES = 32
 KEY_BYTES = 32
@@ -31,7 +31,6 @@ LARGEST_LETTER = (1 << 31) - 1 - 16
 
 _NONCE_BYTES = 12
 _TAG_BYTES = 16
-_ANNOUNCEMENT = b"xinyi job key 1"
 
 
 def encode_fields(fields: Iterable[bytes]) -> bytes:
@@ -96,16 +95,6 @@ def check_exchange(step: str, attempt: int, participants: tuple[str, ...]) -> No
         raise Refused(f"step {step!r}: a participant is listed twice in {participants}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class KeyAnnouncement:
-    """A party's public key of one job, signed by its identity."""
-
-    party: str
-    job: bytes
-    public: bytes
-    signature: bytes
-
-
 class JobKeys:
     """SECRET. A party's X25519 key of one job. `public` (32 bytes) is announced to the others."""
 
@@ -120,12 +109,6 @@ class JobKeys:
     def generate(cls) -> "JobKeys":
         """A new key from the operating system's generator."""
         return cls(X25519PrivateKey.generate())
-
-    def sign_by(self, identity: SigningIdentity, party: str, job: bytes) -> KeyAnnouncement:
-        """Announce this key as `party`'s key of `job`."""
-        check_job(job)
-        signature = identity.sign(_ANNOUNCEMENT, encode_fields([party.encode(), job, self.public]))
-        return KeyAnnouncement(party=party, job=job, public=self.public, signature=signature)
 
     def derive(self, peer_public: bytes, *, job: bytes, purpose: bytes, info: bytes) -> bytes:
         """32 secret bytes that this party and the peer share, and nobody else; another purpose or info, other bytes.
@@ -171,14 +154,3 @@ class JobKeys:
             return ChaCha20Poly1305(key).decrypt(bytes(view[:_NONCE_BYTES]), view[_NONCE_BYTES:], encoded)
         except InvalidTag:
             raise damaged from None
-
-
-def verify_announcement(announcement: KeyAnnouncement, *, identity: bytes, party: str, job: bytes) -> bytes:
-    """The announced public key, if `identity` signed it as `party`'s key of `job`; else `Refused`."""
-    if announcement.party != party or announcement.job != job:
-        raise Refused(f"a job key of {announcement.party!r} was given for {party!r} or is of another job; drop it")
-    signed = encode_fields([party.encode(), job, announcement.public])
-    verify(identity, _ANNOUNCEMENT, signed, announcement.signature)
-    if len(announcement.public) != KEY_BYTES:
-        raise Refused(f"the job key of {party!r} has {len(announcement.public)} bytes, expected {KEY_BYTES}")
-    return announcement.public

@@ -25,10 +25,11 @@ from fl_clients.session import Session
 from fl_server.coordinator import Coordinator, Outcome
 from models.scorecard import ScorecardSettings
 from privacy import blind_aggregate, blind_sum, secure_sum
-from simulations.federation_folder import BankTable, BaselineSettings, Column, Federation, OwnerTable, locate
+from simulations.federation_folder import BankTable, BaselineSettings, Column, Federation, OwnerTable
 from simulations.job import Parties, make_parties, noise_totals
 from simulations.memory_grid import MemoryGrid
-from simulations.twin import OwnerData, PooledData, TwinResult, run_twin
+from simulations.run import pool
+from simulations.twin import TwinResult, run_twin
 
 OWNER_NAMES = ("pboc", "tax", "customs")
 OWNER_COLUMNS: dict[str, tuple[Column, ...]] = {
@@ -224,29 +225,6 @@ def refusal_of(parties: Parties, party: str, reply: bytes) -> str | None:
     return answer.refused
 
 
-def pooled_of(federation: Federation) -> PooledData:
-    """The training rows of all banks in one place, as the plaintext twin needs them."""
-    kept = [~bank.held_out for bank in federation.banks]
-    ids = np.concatenate([bank.ids[rows] for bank, rows in zip(federation.banks, kept, strict=True)])
-    names = [column.name for column in federation.columns[federation.label_holder]]
-    return PooledData(
-        specs=tuple(column.spec for column in federation.columns[federation.label_holder]),
-        columns={
-            name: np.concatenate([b.columns[name][rows] for b, rows in zip(federation.banks, kept, strict=True)])
-            for name in names
-        },
-        label=np.concatenate([bank.label[rows] for bank, rows in zip(federation.banks, kept, strict=True)]),
-        owners={
-            owner.name: OwnerData(
-                specs=tuple(column.spec for column in federation.columns[owner.name]),
-                columns=owner.columns,
-                index=locate(ids, owner.ids),
-            )
-            for owner in federation.owners
-        },
-    )
-
-
 def assert_equals_twin(federation: Federation, parties: Parties, outcome: Outcome) -> None:
     """Every party's model is the twin's: bins, integer weights, intercept. A model that learned nothing fails."""
     twin = twin_of(federation, parties, outcome)
@@ -267,7 +245,7 @@ def assert_equals_twin(federation: Federation, parties: Parties, outcome: Outcom
 def twin_of(federation: Federation, parties: Parties, outcome: Outcome) -> TwinResult:
     """The plaintext twin of a run, with the noise that the run drew."""
     return run_twin(
-        pooled_of(federation), parties.contract.settings, noise_totals(parties, outcome), outcome.roster.noise_stds
+        pool(federation), parties.contract.settings, noise_totals(parties, outcome), outcome.roster.noise_stds
     )
 
 

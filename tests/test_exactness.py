@@ -11,10 +11,10 @@ from models.score_histogram import ScoreHistogram
 from models.scorecard import gather
 from privacy.noise import discrete_gaussian
 from simulations.federation_folder import locate
+from simulations.run import pool
 from tests.small_federation import (
     RecordedRun,
     assert_equals_twin,
-    pooled_of,
     record,
     run_tapped,
     small_federation,
@@ -48,7 +48,7 @@ def test_weights_equal_the_twins_as_integers(banks: int, owners: int, rounds: in
 def test_the_data_has_every_kind_of_column_and_rows_without_a_file() -> None:
     """What the test above promises to cover; without it a change of the generator would go unnoticed."""
     federation = small_federation()
-    pooled = pooled_of(federation)
+    pooled = pool(federation)
     assert {spec.kind for spec in pooled.specs} == {"numeric", "categorical"}
     assert np.isnan(pooled.columns["turnover"]).any()
     assert (pooled.columns["overdue_days"] == -99.0).any()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from privacy.errors import Refused
 from privacy.identity import SigningIdentity, fingerprint, verify
-from privacy.sealing import Context, JobKeys, encode_fields, verify_announcement
+from privacy.sealing import Context, JobKeys, encode_fields
 
 JOB = bytes(range(32))
 CONTEXT = Context(
@@ -199,30 +199,6 @@ def test_field_lists_encode_injectively(first: list[bytes], second: list[bytes])
 def test_contexts_without_a_place_are_refused(change: dict[str, object]) -> None:
     with pytest.raises(Refused):
         replace(CONTEXT, **change)
-
-
-# --- announcements ----------------------------------------------------------------------------------------------------
-
-
-def test_an_announcement_is_taken_from_its_party_only() -> None:
-    identity, thief, keys = SigningIdentity.generate(), SigningIdentity.generate(), JobKeys.generate()
-    announced = keys.sign_by(identity, "bank-a", JOB)
-    assert verify_announcement(announced, identity=identity.public, party="bank-a", job=JOB) == keys.public
-    tampered = [
-        (replace(announced, public=JobKeys.generate().public), identity.public, "bank-a", JOB),
-        (replace(announced, party="bank-b"), identity.public, "bank-a", JOB),
-        (replace(announced, party="bank-b"), identity.public, "bank-b", JOB),
-        (replace(announced, job=bytes(32)), identity.public, "bank-a", bytes(32)),
-        (announced, identity.public, "bank-a", bytes(32)),
-        (announced, identity.public, "bank-b", JOB),
-        (announced, thief.public, "bank-a", JOB),
-        (replace(announced, signature=bytes(64)), identity.public, "bank-a", JOB),
-        (replace(announced, signature=b""), identity.public, "bank-a", JOB),
-        (keys.sign_by(thief, "bank-a", JOB), identity.public, "bank-a", JOB),
-    ]
-    for announcement, public, party, job in tampered:
-        with pytest.raises(Refused):
-            verify_announcement(announcement, identity=public, party=party, job=job)
 
 
 # --- identities -------------------------------------------------------------------------------------------------------
