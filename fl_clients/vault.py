@@ -10,6 +10,7 @@ what the mail opens to (a reaction attack on the key).
 
 import hashlib
 import logging
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -114,7 +115,9 @@ class Vault:
             return self._refuse_for_good(key, digest, str(error))
         except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             # signed or sealed by a party, yet not of the form that the step needs: nothing is released on it
-            LOGGER.exception("step %s", request.step)
+            # (the traceback without the message, which may quote a value)
+            where = "".join(traceback.format_tb(error.__traceback__))
+            LOGGER.error("step %s: %s\n%s", request.step, type(error).__name__, where)
             return self._refuse_for_good(
                 key, digest, f"the mail of step {request.step} is malformed ({type(error).__name__})"
             )

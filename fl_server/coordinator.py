@@ -135,6 +135,7 @@ class Coordinator:
         self._pairs: Counter[tuple[str, str]] = Counter()
         self._announcements: dict[str, Announcement] = {}
         self._receipts: dict[str, str] = {}
+        self._reasons: dict[str, str] = {}
         self._histograms: list[tuple[int, ...]] = []
 
     def run(self) -> Outcome:
@@ -192,15 +193,18 @@ class Coordinator:
 
     def _drop(self, lost: list[str], exchange: Exchange) -> None:
         names = ", ".join(lost)
+        why = ", ".join(sorted({self._reasons.get(party, "no answer") for party in lost}))
         step = exchange[0].step
         left = tuple(bank for bank in self._participants if bank not in lost)
         if set(lost) & set(self._owners):
-            raise JobStoppedError(f"{names} died in step {step.name}; a feature owner cannot be left out, start again")
+            raise JobStoppedError(
+                f"{names} died in step {step.name} ({why}); a feature owner cannot be left out, start again"
+            )
         if step.kind in (StepKind.JOIN, StepKind.ROSTER, StepKind.MATCH):
-            raise JobStoppedError(f"{names} died before the job began; start again when it is back")
+            raise JobStoppedError(f"{names} died before the job began ({why}); start again when it is back")
         if len(left) < self._contract.least_banks:
             raise JobStoppedError(
-                f"{names} died in step {step.name}; {len(left)} banks are left and the contract needs "
+                f"{names} died in step {step.name} ({why}); {len(left)} banks are left and the contract needs "
                 f"{self._contract.least_banks}: start again"
             )
         self._participants = left
@@ -288,8 +292,11 @@ class Coordinator:
         by_node = {self._nodes[party]: party for party in parties}
         replies: dict[str, bytes] = {}
         for reply in self._grid.send_and_receive(messages, timeout=self._timeout_s):
-            if not reply.has_error():
-                replies[by_node[reply.metadata.src_node_id]] = from_record(reply.content)
+            party = by_node[reply.metadata.src_node_id]
+            if reply.has_error():
+                self._reasons[party] = str(reply.error.reason)
+            else:
+                replies[party] = from_record(reply.content)
         return replies
 
     def _read(self, data: bytes, party: str, request: Request) -> Reply:

@@ -73,7 +73,7 @@ class MemoryGrid(Grid):
             try:
                 reply = self._app(message=message, context=self._contexts[message.metadata.dst_node_id])
             except Exception as error:
-                LOGGER.warning("node %s died", message.metadata.dst_node_id, exc_info=True)
+                LOGGER.debug("node %s died", message.metadata.dst_node_id, exc_info=True)
                 reply = Message(Error(CLIENT_APP_RAISED, type(error).__name__), reply_to=message)
             self._record(reply)
             self._replies[identifier] = reply
