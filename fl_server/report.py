@@ -330,7 +330,13 @@ def _cards(result: Mapping[str, Any], comparison: Sequence[_Comparison]) -> list
     ]
     if (seconds := (result.get("seconds") or {}).get("total")) is not None:
         cards.append(
-            {"label": "Time", "chinese": "耗时", "value": _seconds(seconds), "below": "whole run", "tone": "neutral"}
+            {
+                "label": "Time",
+                "chinese": "耗时",
+                "value": _seconds(seconds),
+                "below": "training, alignment apart",
+                "tone": "neutral",
+            }
         )
     if (count := (result.get("bytes") or {}).get("total")) is not None:
         cards.append(
@@ -347,7 +353,7 @@ def _facts(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("Parties", "参与方", result.get("parties"), _spell),
         ("Training rounds", "训练轮数", result.get("rounds"), _spell),
         ("Messages", "消息数", result.get("messages"), _spell),
-        ("Time, whole run", "总耗时", seconds.get("total"), _seconds),
+        ("Time, training (alignment apart)", "训练耗时（不含对齐）", seconds.get("total"), _seconds),
         ("Time of the plaintext twin", "明文孪生耗时", seconds.get("twin"), _seconds),
         ("Traffic, all parties", "总通信量", traffic.get("total"), _bytes),
         ("Traffic into the coordinator", "协调方接收", traffic.get("coordinator_in"), _bytes),
