@@ -5,6 +5,7 @@ its pairwise masks; it sees owners' scores only summed over owners and, in train
 """
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,8 +15,9 @@ import numpy.typing as npt
 
 from fl_clients.contract import Contract
 from fl_clients.data import BankData, Bool, LabelledRows
-from fl_clients.matching import Matching, announced_size
+from fl_clients.matching import Matching, announced_size, without_revoked
 from fl_clients.protocol import Audience, Letter, Post, Request, Step, StepKind
+from fl_clients.roster import Roster
 from fl_clients.session import Session
 from fl_clients.vault import Outgoing
 from models import line_search, scorecard
@@ -77,6 +79,8 @@ class Bank:
         self._consortium: ConsortiumKey | None = None
         self._pending: _Pending | None = None
         self._begun: set[Step] = set()
+        self._extra: dict[str, int] = {}
+        self._salt = os.urandom(32)
         self._opened: tuple[str, bytes] | None = None
         self._confirmed = True
         self._owner_bins: dict[str, int] = {}
@@ -103,11 +107,26 @@ class Bank:
         return f"Bank({self._name!r})"
 
     def perform(self, step: Step, request: Request) -> Outgoing:
-        if step not in self._begun and not self._confirmed:
+        if step in self._begun:
+            self._charge_again(step)
+        elif not self._confirmed:
             self._confirm(request)
         outgoing = self._perform(step, request)
         self._begun.add(step)
         return outgoing
+
+    def _charge_again(self, step: Step) -> None:
+        """A release that is run again costs once more; the contract says how many are paid for."""
+        spare = self._contract.privacy.spare_attempts
+        if self._contract.privacy.epsilon is None:
+            return
+        for release in Roster.released_in(step.name):
+            self._extra[release] = self._extra.get(release, 0) + 1
+            if self._extra[release] > spare:
+                raise Refused(
+                    f"step {step.name} would be released again, {self._extra[release]} times beyond the plan; the "
+                    f"contract pays for {spare} (spare_attempts): start a new job without the bank that dropped"
+                )
 
     def _perform(self, step: Step, request: Request) -> Outgoing:
         match step.kind:
@@ -143,6 +162,11 @@ class Bank:
         self._bank_key = None
         self._consortium = None
         self._row_step = None
+        self._shared = None
+        if self._matching is not None:
+            self._matching.erase()
+            self._matching = None
+        del self._ids, self._order
         del self._session, self._training, self._held_out, self._cells, self._score, self._directions, self._noise
 
     # --- opening the job -------------------------------------------------------------------------------------------
@@ -156,7 +180,7 @@ class Bank:
         """Private set intersection with every owner; the list is in this job's order, training rows first."""
         if self._matching is None:
             self._take_consortium_key(request)
-            self._matching = Matching(self._session, self._ids, self._order)
+            self._matching = Matching(self._session, without_revoked(self._ids, self._consent), self._order)
         return Outgoing(letters=self._matching.step(step, request), posts=self._opened_post(request))
 
     def _take_owner_bins(self, request: Request) -> None:
@@ -525,8 +549,9 @@ class Bank:
         shares = [contents[owner]["share"] for owner in self._owner_bins]
         tower, _ = self._fitted()
         score = self._intercept + scorecard.apply(cells(tower, held_out.columns), self._weights)
-        score = score + blind_sum.open_sum(shares, len(held_out.label))
         live = self._live(held_out)
+        # the scores of enterprises that revoked meanwhile are dropped unseen
+        score = np.where(live, score + blind_sum.open_sum(shares, len(held_out.label)), 0)
         histogram = ScoreHistogram.of(score[live], held_out.label[live])
         std = session.roster.std("histogram")
         # noise adds up over cells: with epsilon fewer, wider cells measure better
@@ -555,6 +580,7 @@ class Bank:
             "tower": self._tower.to_json(),
             "weights": self._weights.tolist(),
             "intercept": self._intercept,
+            "salt": self._salt.hex(),
         }
 
     def model_digest(self) -> str:

@@ -14,6 +14,7 @@ seconds; a date without a time is a day in Beijing: granted and revoked at its b
 import os
 import re
 import sqlite3
+import threading
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -120,7 +121,9 @@ class ConsentStore:
     def __init__(self, path: Path) -> None:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         try:
-            self._database = sqlite3.connect(path, isolation_level=None)
+            # a vault answers on the worker thread of its socket; the lock keeps statements apart
+            self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._lock = threading.RLock()
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = FULL")
             self._database.execute(_TABLE)
@@ -189,11 +192,12 @@ class ConsentStore:
 
     def live(self, codes: npt.NDArray[np.str_] | Sequence[str], purpose: str, now: datetime) -> npt.NDArray[np.bool_]:
         """bool[n]: which of the normalised codes have live consent for the purpose at this moment."""
-        found = self._database.execute(
-            f"SELECT DISTINCT code FROM consent WHERE purpose = :purpose AND {_LIVE}",  # noqa: S608
-            {"now": _seconds(now), "purpose": _purpose(purpose)},
-        )
-        consenting = {row[0] for row in found}
+        with self._lock:
+            found = self._database.execute(
+                f"SELECT DISTINCT code FROM consent WHERE purpose = :purpose AND {_LIVE}",  # noqa: S608
+                {"now": _seconds(now), "purpose": _purpose(purpose)},
+            )
+            consenting = {row[0] for row in found}
         return np.fromiter((str(code) in consenting for code in codes), np.bool_, count=len(codes))
 
     def purposes(self, now: datetime) -> list[PurposeSummary]:
@@ -229,13 +233,14 @@ class ConsentStore:
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         """All or nothing, whatever is raised."""
-        self._database.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._database.execute("ROLLBACK")
-            raise
-        self._database.execute("COMMIT")
+        with self._lock:
+            self._database.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._database.execute("ROLLBACK")
+                raise
+            self._database.execute("COMMIT")
 
 
 def _lines(counts: Mapping[str, int], wrong: Mapping[str, list[tuple[int, str]]]) -> Iterator[str]:

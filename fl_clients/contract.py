@@ -16,6 +16,9 @@ from models.scorecard import ScorecardSettings
 from privacy.errors import Refused
 from privacy.noise import default_colluding
 
+MOST_EPSILON = 10.0
+MOST_DELTA = 1e-4
+
 Role = Literal["bank", "pboc", "public_credit"]
 
 
@@ -43,6 +46,8 @@ class PartyTerms(_Frozen):
     role: Role
     identity: str = Field(pattern="^[0-9a-f]{64}$")
     columns: tuple[ColumnTerms, ...]
+    most_enterprises: int = Field(default=1 << 23, ge=1)
+    """Largest list that it may bring to the alignment: more could be a list of all published codes."""
 
 
 class ModelTerms(_Frozen):
@@ -67,6 +72,8 @@ class PrivacyTerms(_Frozen):
     """None: 1 / (10 n), n the training rows of all banks."""
     banks_per_enterprise: int = Field(default=1, ge=1)
     """The privacy unit is the enterprise: at most so many banks may share one, and all noise is scaled by it."""
+    spare_attempts: int = Field(default=0, ge=0, le=10)
+    """Times that each kind of release may be run again after a bank's death, paid for in advance."""
     colluding_banks: int | None = Field(default=None, ge=0)
     """Banks that may subtract their own noise shares: at least the one that looks; None: all but two."""
 
@@ -120,9 +127,25 @@ class Contract(_Frozen):
             raise ValueError("colluding_banks=0: a bank can always subtract its own noise share; give 1 or more")
         if self.privacy.banks_per_enterprise > len(self.banks):
             raise ValueError(f"banks_per_enterprise={self.privacy.banks_per_enterprise} of {len(self.banks)} banks")
-        if not self.simulation and self.privacy.epsilon is None:
-            raise ValueError("no epsilon: outside simulation exact sums would reveal labels of pure bins; set epsilon")
+        if not self.simulation:
+            self._check_deployed()
         return self
+
+    def _check_deployed(self) -> None:
+        """What only a simulation may do."""
+        privacy = self.privacy
+        if privacy.epsilon is None:
+            raise ValueError("no epsilon: outside simulation exact sums would reveal labels of pure bins; set epsilon")
+        if privacy.epsilon > MOST_EPSILON:
+            raise ValueError(
+                f"epsilon={privacy.epsilon}: outside simulation at most {MOST_EPSILON}; more is no privacy"
+            )
+        if privacy.delta is not None and privacy.delta > MOST_DELTA:
+            raise ValueError(
+                f"delta={privacy.delta}: outside simulation at most {MOST_DELTA}; leave it out for 1 / (10 n)"
+            )
+        if self.model.forward_noise < 1:
+            raise ValueError(f"forward_noise={self.model.forward_noise}: outside simulation at least 1")
 
     @property
     def banks(self) -> tuple[PartyTerms, ...]:

@@ -5,8 +5,8 @@ only summed with those of the other owners and, in training, noised.
 """
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import replace
+import os
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from fl_clients.contract import Contract
 from fl_clients.data import AlignedRows, OwnerData
-from fl_clients.matching import Matching, announced_size
+from fl_clients.matching import Matching, announced_size, without_revoked
 from fl_clients.protocol import Audience, Letter, Request, Step, StepKind
 from fl_clients.session import Session
 from fl_clients.vault import Outgoing
@@ -50,6 +50,8 @@ class FeatureOwner:
         )
         self._noise = noise
         self._session = Session(contract, name)
+        self._begun: set[Step] = set()
+        self._salt = os.urandom(32)
         self._pads = OneTimePad()
         self._matching: Matching | None = None
         self._aligned: dict[str, AlignedRows] = {}
@@ -68,6 +70,11 @@ class FeatureOwner:
         return f"FeatureOwner({self._name!r})"
 
     def perform(self, step: Step, request: Request) -> Outgoing:
+        outgoing = self._perform(step, request)
+        self._begun.add(step)
+        return outgoing
+
+    def _perform(self, step: Step, request: Request) -> Outgoing:
         match step.kind:
             case StepKind.JOIN:
                 size = announced_size(self._contract, len(self._data.ids))
@@ -78,7 +85,8 @@ class FeatureOwner:
             case StepKind.MATCH:
                 if self._matching is None:
                     self._take_bank_keys(request)
-                    self._matching = Matching(self._session, self._data.ids, None)
+                    ids = without_revoked(self._data.ids, self._data.consent)
+                    self._matching = Matching(self._session, ids, None)
                 return Outgoing(letters=self._matching.step(step, request))
             case StepKind.PREPARE:
                 return self._prepare(request)
@@ -95,6 +103,10 @@ class FeatureOwner:
 
     def destroy(self) -> None:
         """Forget keys, pads and rows; the model stays."""
+        if self._matching is not None:
+            self._matching.erase()
+            self._matching = None
+        self._cross_tab = np.zeros((0, 0), np.int64)
         del self._session, self._pads, self._data, self._aligned, self._cells, self._designs, self._noise
 
     def _prepare(self, request: Request) -> Outgoing:
@@ -105,11 +117,12 @@ class FeatureOwner:
         self._matching.finish(request)
         for bank in contract.banks:
             rows, training = self._matching.rows(bank.name), session.roster.announcements[bank.name].training_rows
-            rows = self._without_revoked(rows)
             self._aligned[bank.name] = AlignedRows(training=rows[:training], held_out=rows[training:])
         self._matching.erase()
         self._matching = None
         self._check_sharing()
+        for bank in contract.banks:
+            self._drop_revoked(bank.name)
         if not any((aligned.training >= 0).any() for aligned in self._aligned.values()):
             raise Refused(f"no enterprise of the banks is known to {self._name}; leave it out of the job")
         model = contract.model
@@ -141,15 +154,20 @@ class FeatureOwner:
             times[rows[rows >= 0]] += 1
         if times.size and int(times.max()) > privacy.banks_per_enterprise:
             raise Refused(
-                f"{int((times > privacy.banks_per_enterprise).sum())} enterprises are customers of more than "
-                f"{privacy.banks_per_enterprise} banks, up to {int(times.max())}: epsilon would not hold for them; "
-                "raise banks_per_enterprise in the contract"
+                f"some enterprises are customers of more than {privacy.banks_per_enterprise} banks: epsilon would not "
+                "hold for them; raise banks_per_enterprise in the contract"
             )
 
-    def _without_revoked(self, rows: Int64) -> Int64:
-        """Enterprises whose consent was revoked meanwhile are unknown from here on."""
+    def _drop_revoked(self, bank: str) -> bool:
+        """Enterprises whose consent was revoked meanwhile are unknown from here on; says whether there were any."""
         live = self._data.consent(self._data.ids)
-        return np.where((rows >= 0) & live[np.maximum(rows, 0)], rows, -1)
+
+        def kept(rows: Int64) -> Int64:
+            return np.where((rows >= 0) & live[np.maximum(rows, 0)], rows, -1)
+
+        before = self._aligned[bank]
+        self._aligned[bank] = AlignedRows(training=kept(before.training), held_out=kept(before.held_out))
+        return not np.array_equal(self._aligned[bank].training, before.training)
 
     def _check_rows(self) -> None:
         """Too few aligned rows for the number of bins would let an owner solve for labels (PROTOCOL)."""
@@ -157,8 +175,8 @@ class FeatureOwner:
         known = sum(int((cells[:, 0] >= 0).sum()) for cells in self._cells.values())
         if not self._contract.simulation and known < LEAST_ROWS_PER_BIN * used:
             raise Refused(
-                f"{known} aligned rows for {used} used bins of {self._name}; at least {LEAST_ROWS_PER_BIN} rows a bin "
-                "are needed outside simulation: use fewer columns or bins, or more customers"
+                f"fewer than {LEAST_ROWS_PER_BIN} aligned rows a used bin of {self._name}, which outside simulation "
+                "would let it solve for labels: use fewer columns or bins, or more customers"
             )
 
     def _place(self, bank: str, held_out: bool) -> Int32:
@@ -187,6 +205,7 @@ class FeatureOwner:
             self._take_step(step.round_number - 1, self._agreed(news, "alphas"))
         parameters = session.roster.aggregate_parameters
         self._pads.erase(step.name)
+        self._forget_revoked(banks)
         letters = []
         for bank in banks:
             design = self._designs[bank]
@@ -194,6 +213,17 @@ class FeatureOwner:
             product = design.multiply(residuals[bank]["residual"], pad)
             letters.append(session.letter(request, bank, {"product": product}))
         return Outgoing(letters=tuple(letters))
+
+    def _forget_revoked(self, banks: Sequence[str]) -> None:
+        """Rows whose consent was revoked since the last round leave the matrix."""
+        for bank in banks:
+            if not self._drop_revoked(bank):
+                continue
+            self._cells[bank] = self._place(bank, held_out=False)
+            old = self._designs[bank]
+            self._designs[bank] = blind_aggregate.OwnerDesign(
+                self._cells[bank], old.layout, old.parameters, self._bank_keys[bank]
+            )
 
     def _agreed(self, news: Mapping[str, dict[str, object]], what: str) -> object:
         told = {bank: content.get(what) for bank, content in news.items()}
@@ -306,8 +336,9 @@ class FeatureOwner:
         self._take_step(self._contract.model.rounds, self._agreed(news, "alphas"))
         letters = []
         for bank in request.participants:
-            aligned = self._aligned[bank]
-            self._aligned[bank] = replace(aligned, held_out=self._without_revoked(aligned.held_out))
+            if step not in self._begun:
+                # once: scoring again with one enterprise less would give this owner's part of it by difference
+                self._drop_revoked(bank)
             part = scorecard.apply(self._place(bank, held_out=True), self._weights)
             letters.append(self._share(step, request, bank, part))
         return Outgoing(letters=tuple(letters))
@@ -319,6 +350,7 @@ class FeatureOwner:
             "contract": self._contract.hash.hex(),
             "tower": self._fitted().to_json(),
             "weights": self._weights.tolist(),
+            "salt": self._salt.hex(),
         }
 
     def model_digest(self) -> str:

@@ -8,6 +8,7 @@ Afterwards a bank knows which of its rows each owner knows; an owner knows its o
 the bank's list, whose order the bank drew afresh for this job: training rows first, then held-out rows.
 """
 
+import secrets
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fl_clients.contract import Contract
+from fl_clients.data import Consent
 from fl_clients.protocol import Letter, Request, Step, StepKind
 from fl_clients.session import Session
 from privacy.errors import Refused
@@ -37,6 +39,12 @@ MATCH_STEPS = tuple(Step(kind=StepKind.MATCH, index=index) for index in (1, 2, 3
 def announced_size(contract: Contract, rows: int) -> int:
     """A party's list size as everybody may see it: rounded up to the contract's bucket."""
     return padded_size(rows, contract.alignment.bucket)
+
+
+def without_revoked(ids: Sequence[str], consent: Consent) -> list[str]:
+    """The list for the alignment: whoever revoked since the job began keeps a place, but as a number nobody knows."""
+    live = consent(ids)
+    return [name if is_live else secrets.token_hex(32) for name, is_live in zip(ids, live.tolist(), strict=True)]
 
 
 class Matching:

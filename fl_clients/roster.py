@@ -6,7 +6,7 @@ of it is public; the coordinator computes it too.
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -83,7 +83,23 @@ class Roster:
             inner_steps=INNER_STEPS,
             search_sensitivities=[sensitivities(3 if number == 1 else 4) for number in range(1, rounds + 1)],
         )
-        return plan_job(epsilon, self.delta, releases)
+        spare = self.contract.privacy.spare_attempts
+        return plan_job(epsilon, self.delta, [replace(release, count=release.count + spare) for release in releases])
+
+    @staticmethod
+    def released_in(step: str) -> tuple[str, ...]:
+        """The names of the releases that a bank's step makes; empty for the others."""
+        match step.split("."):
+            case ["bins", _]:
+                return ("bins",)
+            case [_, "residual"]:
+                return ("sums",)
+            case [number, "search", _]:
+                return (f"search.{number[1:]}.gradient", f"search.{number[1:]}.curvature")
+            case ["evaluate"]:
+                return ("histogram",)
+            case _:
+                return ()
 
     def std(self, release: str) -> float:
         """Standard deviation that a release must have at least, in the units of its sensitivity; 0 without epsilon."""

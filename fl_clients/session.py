@@ -9,6 +9,7 @@ from fl_clients.contract import Contract
 from fl_clients.protocol import Audience, Letter, Post, Request, Step, StepKind, verify_post
 from fl_clients.roster import Announcement, Roster
 from privacy.errors import Refused
+from privacy.private_set_intersection import padded_size
 from privacy.sealing import Context, JobKeys
 
 
@@ -94,7 +95,7 @@ class Session:
                 label="letter",
             )
             opened = self.keys.open(self.roster.announcements[letter.sender].public, context, letter.sealed)
-            contents[letter.sender] = msgpack.unpackb(opened, max_bin_len=1 << 31)
+            contents[letter.sender] = _content(opened, letter.sender, step.name)
         _expect(contents, senders, step, request)
         return contents
 
@@ -111,14 +112,14 @@ class Session:
                 raise Refused(f"a post of {post.sender} belongs to attempt {post.attempt}, not {request.attempt}")
             if post.sender in contents:
                 raise Refused(f"two posts of {post.sender} for step {step.name}")
-            contents[post.sender] = msgpack.unpackb(verify_post(post, self.contract), max_bin_len=1 << 31)
+            contents[post.sender] = _content(verify_post(post, self.contract), post.sender, step.name)
         _expect(contents, wanted, step, request)
         return contents
 
     def posts_of(self, request: Request, sender: str, audience: Audience) -> list[dict[str, Any]]:
         """Every signed post of one sender that this request brings."""
         return [
-            msgpack.unpackb(verify_post(post, self.contract))
+            _content(verify_post(post, self.contract), sender, request.step)
             for post in request.posts
             if post.sender == sender and post.audience == audience
         ]
@@ -139,10 +140,25 @@ class Session:
         announcements = {name: Announcement(**contents[name]) for name in names}
         if announcements[self.me].public != self.keys.public:
             raise Refused(f"the roster names another job key for {self.me}; somebody altered it, stop the job")
+        for party in self.contract.parties:
+            size, most = announcements[party.name].list_size, party.most_enterprises
+            if size > padded_size(most, self.contract.alignment.bucket):
+                raise Refused(f"{party.name} brings a list of {size} ids to the alignment, its contract allows {most}")
         for bank in self.contract.banks:
             if announcements[bank.name].training_rows < 1:
                 raise Refused(f"{bank.name} brings no training rows; leave it out of the contract")
         self._roster = Roster(self.contract, announcements)
+
+
+def _content(data: bytes, sender: str, step: str) -> Any:
+    """A map, or the list of chunks of an alignment; anything else is the sender's fault and said so."""
+    try:
+        content = msgpack.unpackb(data, max_bin_len=1 << 31)
+    except Exception:
+        content = None
+    if not isinstance(content, dict | list) or (isinstance(content, list) and not step.startswith("match.")):
+        raise Refused(f"{sender} sent mail of the wrong form in step {step}; its program is broken or another version")
+    return content
 
 
 def _expect(contents: Mapping[str, Any], senders: Iterable[str], step: Step, request: Request) -> None:

@@ -36,6 +36,13 @@ from privacy.identity import SigningIdentity
 LOGGER = logging.getLogger(__name__)
 
 
+MALFORMED = (KeyError, TypeError, ValueError, IndexError, OverflowError, AttributeError)
+
+
+class VaultFailedError(Exception):
+    """A step failed inside the vault; says the kind of error and nothing else. The party counts as dead."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outgoing:
     """What a step lets out, before signing."""
@@ -113,14 +120,17 @@ class Vault:
             outgoing = self._role.perform(step, request)
         except (Refused, DataError) as error:
             return self._refuse_for_good(key, digest, str(error))
-        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
-            # signed or sealed by a party, yet not of the form that the step needs: nothing is released on it
-            # (the traceback without the message, which may quote a value)
+        except Exception as error:
+            # the message may quote a value: only the kind of error leaves, only its place is logged
             where = "".join(traceback.format_tb(error.__traceback__))
             LOGGER.error("step %s: %s\n%s", request.step, type(error).__name__, where)
-            return self._refuse_for_good(
-                key, digest, f"the mail of step {request.step} is malformed ({type(error).__name__})"
-            )
+            self._destroy()
+            if isinstance(error, MALFORMED):
+                # signed or sealed by a party, yet not of the form that the step needs
+                return self._refuse_for_good(
+                    key, digest, f"the mail of step {request.step} is malformed ({type(error).__name__})"
+                )
+            raise VaultFailedError(type(error).__name__) from None
         self._stopped = None
         self._done = position
         self._participants = request.participants
@@ -128,10 +138,14 @@ class Vault:
         self._stored[key] = (digest, reply)
         if step.kind is StepKind.CLOSE:
             self._stored = {key: (digest, reply)}
-            if not self._destroyed:  # a bank that dies while closing makes the others close again
-                self._role.destroy()
-            self._destroyed = True
+            self._destroy()
         return reply
+
+    def _destroy(self) -> None:
+        """Once: a bank that dies while closing makes the others close again."""
+        if not self._destroyed:
+            self._role.destroy()
+        self._destroyed = True
 
     def _admit(self, request: Request) -> tuple[_Position, Step]:
         """Where in the schedule this request stands; `Refused` when it may not come now."""
@@ -155,6 +169,9 @@ class Vault:
             if again and request.attempt <= done.attempt:
                 break
             self._check_participants(request.participants)
+            if again and set(request.participants) == set(self._participants):
+                # fresh noise without a death could be asked for until its mean is exact
+                raise Refused(f"step {request.step} is asked again though no bank dropped; the stored reply was sent")
             return position, step
         expected = " or ".join(sorted({step.name for _, step in candidates})) or "nothing, the job is closed"
         raise Refused(
@@ -185,8 +202,10 @@ class Vault:
         return encode_reply(reply, self._identity)
 
     def _refuse_for_good(self, key: tuple[str, int], digest: bytes, reason: str) -> bytes:
+        """The job is over at this vault: keys, pads and rows go, the refusal stays."""
         refusal = self._refusal(*key, reason)
         self._stored[key] = (digest, refusal)
+        self._destroy()
         return refusal
 
     def _refusal(self, step: str, attempt: int, reason: str) -> bytes:

@@ -75,12 +75,17 @@ def make_contract(
             role="bank",
             identity=identities[bank.name].public.hex(),
             columns=terms(federation.label_holder),
+            most_enterprises=max(1, len(bank.ids)),
         )
         for bank in federation.banks
     ]
     owners = [
         PartyTerms(
-            name=owner.name, role=owner.role, identity=identities[owner.name].public.hex(), columns=terms(owner.name)
+            name=owner.name,
+            role=owner.role,
+            identity=identities[owner.name].public.hex(),
+            columns=terms(owner.name),
+            most_enterprises=max(1, len(owner.ids)),
         )
         for owner in federation.owners
     ]

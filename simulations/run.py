@@ -121,10 +121,8 @@ def run_job(federation: Federation, options: Options, watch: Watch = lambda done
     }
     plan = outcome.roster.plan
     if plan is not None:
-        spent = epsilon_after(plan, extra_attempts(outcome))
-        result["privacy"]["epsilon_spent"] = spent
-        # attempts that were run again are charged again, so the job may have cost more than the contract's epsilon
-        result["privacy"]["epsilon"] = max(spent, plan.epsilon)
+        # spare attempts are paid for in advance and never refunded, so this holds however many were used
+        result["privacy"]["epsilon_spent"] = epsilon_after(plan, {})
         result["privacy"]["releases"] = [
             dict(zip(("name", "times", "l2", "std"), r, strict=True)) for r in _releases(outcome)
         ]
@@ -265,31 +263,6 @@ def _roc(label: npt.NDArray[np.int8], score: npt.NDArray[Any]) -> tuple[list[flo
     false_positive, true_positive, _ = roc_curve(label, score)
     keep = np.unique(np.linspace(0, len(false_positive) - 1, 250).astype(int))
     return false_positive[keep].tolist(), true_positive[keep].tolist()
-
-
-def extra_attempts(outcome: Outcome) -> dict[str, int]:
-    """Attempts beyond the first, by release: each was charged again."""
-    extra: dict[str, int] = {}
-    for step in outcome.steps:
-        release = _release_of(step.step)
-        if step.attempt and release:
-            for name in release:
-                extra[name] = extra.get(name, 0) + 1
-    return extra
-
-
-def _release_of(step: str) -> tuple[str, ...]:
-    match step.split("."):
-        case ["bins", _]:
-            return ("bins",)
-        case [_, "residual"]:
-            return ("sums",)
-        case [number, "search", _]:
-            return (f"search.{number[1:]}.gradient", f"search.{number[1:]}.curvature")
-        case ["evaluate"]:
-            return ("histogram",)
-        case _:
-            return ()
 
 
 def _releases(outcome: Outcome) -> list[Release]:

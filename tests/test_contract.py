@@ -21,13 +21,20 @@ def document() -> dict[str, Any]:
         "simulation": True,
         "coordinator_identity": "c0" * 32,
         "parties": [
-            {"name": "bank1", "role": "bank", "identity": "b1" * 32, "columns": [column]},
-            {"name": "bank2", "role": "bank", "identity": "b2" * 32, "columns": [dict(column)]},
+            {"name": "bank1", "role": "bank", "identity": "b1" * 32, "columns": [column], "most_enterprises": 500},
+            {
+                "name": "bank2",
+                "role": "bank",
+                "identity": "b2" * 32,
+                "columns": [dict(column)],
+                "most_enterprises": 500,
+            },
             {
                 "name": "pboc",
                 "role": "pboc",
                 "identity": "a0" * 32,
                 "columns": [{"name": "grade", "kind": "categorical", "special_codes": [], "categories": ["A", "B"]}],
+                "most_enterprises": 900,
             },
         ],
         "model": {
@@ -39,7 +46,13 @@ def document() -> dict[str, Any]:
             "smoothness": 20.0,
             "forward_noise": 1.0,
         },
-        "privacy": {"epsilon": 3.0, "delta": 1e-6, "banks_per_enterprise": 1, "colluding_banks": 1},
+        "privacy": {
+            "epsilon": 3.0,
+            "delta": 1e-6,
+            "banks_per_enterprise": 1,
+            "spare_attempts": 1,
+            "colluding_banks": 1,
+        },
         "alignment": {"bucket": 1024, "one_sided": True},
         "least_banks": 1,
     }
@@ -190,7 +203,7 @@ def test_the_canonical_form_is_pinned() -> None:
     assert contract.hash.hex() == PINNED
 
 
-PINNED = "2e156bb1ae7f9f24676306aa1fcc54b96f4fcd16fa36d084f0ab0f9723ff8cc2"
+PINNED = "93ab693e5bc61adf55f8e8b75e5ee22598d0c5d80b5b715d774e873ca7aad2c0"
 
 
 def test_names_of_strangers_are_refused_and_collusion_follows_the_participants() -> None:
@@ -204,3 +217,22 @@ def test_names_of_strangers_are_refused_and_collusion_follows_the_participants()
     assert all(0 <= default.colluding(banks) < banks for banks in range(1, 10))
     exact = Contract.model_validate(changed(("privacy", "epsilon"), None))
     assert exact.settings.cross_tabs is True
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("privacy", "epsilon"), None, "no epsilon"),
+        (("privacy", "epsilon"), 11.0, "epsilon=11.0"),
+        (("privacy", "delta"), 0.01, "delta=0.01"),
+        (("model", "forward_noise"), 0.5, "forward_noise=0.5"),
+    ],
+)
+def test_outside_simulation_no_contract_is_without_privacy(
+    path: tuple[str | int, ...], value: object, words: str
+) -> None:
+    deployed = changed(path, value) | {"simulation": False}
+    with pytest.raises(ValidationError, match=words):
+        Contract.model_validate(deployed)
+    Contract.model_validate(document() | {"simulation": False})
+    Contract.model_validate(changed(path, value))

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fl_clients.protocol import Request, decode_reply, decode_request, encode_request, schedule
-from fl_clients.vault import Vault
+from fl_clients.protocol import Request, Step, StepKind, decode_reply, decode_request, encode_request, schedule
+from fl_clients.vault import Vault, VaultFailedError
 from privacy.errors import Refused
 from privacy.identity import SigningIdentity
 from simulations.job import Parties
@@ -308,7 +308,7 @@ def test_an_unexpected_exception_ends_the_job_at_this_vault_too(monkeypatch: pyt
     waiting = run_until(parties, "bins.2")["bank1"]
     with monkeypatch.context() as patched:
         patched.setattr(parties.banks["bank1"], "_open_sum", lambda request: 1 // 0)
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(VaultFailedError, match=r"^ZeroDivisionError$"):
             parties.vaults["bank1"].handle(waiting)
     assert "stopped this job" in str(ask(parties, "bank1", waiting))
 
@@ -431,3 +431,24 @@ def test_refusals_quote_no_cell_and_no_id() -> None:
     for changes in ({"summed": b"\x90"}, {"summed": None}, {"letters": ()}, {"posts": ()}, {"participants": ("x",)}):
         reason = str(ask(parties, "bank1", resigned(parties, waiting, **changes)))
         assert not any(text in reason for text in ids | values)
+
+
+def test_no_release_is_run_again_while_every_bank_is_there_and_none_beyond_what_is_paid_for() -> None:
+    """Fresh noise for the asking would let a coordinator and one bank average it away."""
+    parties = tiny_parties(epsilon=3.0, least_banks=1)
+    waiting = decode_request(run_until(parties, "bins.2")["bank1"], parties.contract)
+
+    def again(attempt: int, participants: tuple[str, ...]) -> str | None:
+        request = replace(waiting, step="bins.1", attempt=attempt, participants=participants, summed=None)
+        return ask(parties, "bank1", encode_request(request, parties.coordinator))
+
+    assert "no bank dropped" in str(again(1, BANKS))
+    assert again(1, BANKS[:2]) is None
+    assert "no bank dropped" in str(again(2, BANKS[:2]))
+    unpaid = tiny_parties(epsilon=3.0)
+    terms = unpaid.contract.privacy
+    assert terms.spare_attempts == 0
+    bank = unpaid.banks["bank1"]
+    run_until(unpaid, "bins.2")
+    with pytest.raises(Refused, match="the contract pays for 0"):
+        bank._charge_again(Step(kind=StepKind.BINS, index=1))
