@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-OUT ?= out/demo
+OUT ?= $(if $(DATA),out/$(notdir $(patsubst %/,%,$(DATA))),out/demo)
 ENTERPRISES ?= 20000
 
 export FLWR_TELEMETRY_ENABLED = 0

@@ -277,6 +277,9 @@ def _verdict(result: Mapping[str, Any], comparison: Sequence[_Comparison]) -> st
         side = "above" if federated.auc >= best.auc else "BELOW"
         bank = best.name.removesuffix(" alone")
         text += f", {abs(best.difference):.4f} {side} the best bank alone ({bank}, {best.auc:.4f})"
+    if own := _best_own(comparison):
+        side = "above" if federated.auc >= own.auc else "BELOW"
+        text += f" and {abs(own.difference):.4f} {side} the best model of the banks' own pooled columns"
     text += ", on the same held-out rows. "
     text += {
         "yes": "It is bit-identical to its plaintext twin on one pooled table. ",
@@ -288,11 +291,17 @@ def _verdict(result: Mapping[str, Any], comparison: Sequence[_Comparison]) -> st
     return text + f"Differential privacy: epsilon {_epsilon(result)}."
 
 
+def _best_own(comparison: Sequence[_Comparison]) -> _Comparison | None:
+    """The stronger of the models on the label holders' own columns: a gain is claimed against this one."""
+    own = [row for row in comparison if row.key in ("label_holder_columns", "label_holder_lr")]
+    return max(own, key=lambda row: row.auc) if own else None
+
+
 def _cards(result: Mapping[str, Any], comparison: Sequence[_Comparison]) -> list[dict[str, str]]:
     """Headline figures: label, Chinese label, value, a line below, and a tone (good, bad or neutral)."""
     by_key = {row.key: row for row in comparison}
     federated = by_key["federated"]
-    own = by_key.get("label_holder_columns")
+    own = _best_own(comparison)
     exact = _exact(result)
     epsilon = result["privacy"]["epsilon"]
     delta = result["privacy"].get("delta")

@@ -16,15 +16,25 @@ from fl_server.coordinator import COORDINATOR, Outcome
 from models.score_histogram import ScoreHistogram
 
 
+def check_folder(folder: Path) -> None:
+    """Before a job: `folder` must be absent, empty or an earlier run, and its parent writable; else OSError."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; name another folder for the results (--out, make OUT=)")
+    if folder.exists() and any(folder.iterdir()) and not (folder / "result.json").exists():
+        raise FileExistsError(f"{folder} is not empty and holds no earlier run; name another (--out, make OUT=)")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder.parent, os.W_OK):
+        raise PermissionError(f"{folder.parent} is not writable; name another folder for results (--out, make OUT=)")
+            f"{folder.parent} is not writable; name another folder for the results (--out, make OUT=)"
+        )
+
+
 def write_run(folder: Path, files: Mapping[str, str]) -> None:
     """Write `files` (relative name -> text) into `folder`, which must be absent or a folder of an earlier run.
 
     Everything is written beside it first and then put in place by a rename, so that nothing half-written stays.
     """
-    marker = "result.json"
-    if folder.exists() and any(folder.iterdir()) and not (folder / marker).exists():
-        raise FileExistsError(f"{folder} is not empty and holds no earlier run; name another folder with --out")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    check_folder(folder)
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         for name, text in files.items():
@@ -83,7 +93,7 @@ def outcome_figures(contract: Contract, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-MOST_AUC_NOISE = 0.1
+MOST_AUC_NOISE = 0.03
 """Standard deviation of the AUC above which pooled metrics would mislead and are left out."""
 
 

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fl_server.coordinator import JobStoppedError, Watch
 from fl_server.report import console_tables
+from fl_server.run_store import check_folder
 from models.errors import DataError
 from privacy.errors import Refused
 from simulations import demo_federation
@@ -38,7 +39,7 @@ def _one_line() -> Iterator[None]:
     """Whatever is the user's to mend ends in one line and exit code 2."""
     try:
         yield
-    except (DataError, Refused, JobStoppedError, FileExistsError, ValidationError) as error:
+    except (DataError, Refused, JobStoppedError, OSError, ValidationError) as error:
         text = _terms(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {text}", markup=False)
         raise typer.Exit(BAD_INPUT) from None
@@ -76,6 +77,7 @@ def run(
         wires: dict[str, Wire] = {"memory": "memory", "ray": "ray"}
         if wire not in wires:
             raise DataError(f"--wire {wire}: there are memory and ray")
+        check_folder(out)
         federation = load(folder, split=split, banks=banks, seed=seed)
         options = Options(rounds=rounds, epsilon=epsilon, delta=delta, wire=wires[wire])
         finished = _with_progress(lambda watch: run_job(federation, options, watch))
@@ -88,7 +90,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the generated federation and the results.")] = Path("out/demo"),
     enterprises: Annotated[int, typer.Option(min=500, help="Enterprises to generate.")] = 20_000,
     seed: Annotated[int, typer.Option(help="Seed of the generated data.")] = 42,
+    rounds: Annotated[int, typer.Option(min=1, max=8, help="Training rounds.")] = 3,
     epsilon: Annotated[float | None, typer.Option(help="Privacy of the banks' records; none = exact sums.")] = None,
+    delta: Annotated[float | None, typer.Option(help="Default 1 / (10 n), n training rows.")] = None,
     wire: Annotated[str, typer.Option(help="memory or ray.")] = "memory",
 ) -> None:
     """Generate a small federation (3 banks, PBOC, two public-credit owners; all relations invented) and train over it.
@@ -96,8 +100,9 @@ def demo(
     Example: xinyi-sim demo --epsilon 3
     """
     with _one_line():
+        check_folder(out / "run")
         folder = demo_federation.generate(out / "federation", seed, enterprises)
-    run(folder, epsilon=epsilon, wire=wire, seed=seed, out=out / "run")
+    run(folder, rounds=rounds, epsilon=epsilon, delta=delta, wire=wire, seed=seed, out=out / "run")
 
 
 def _with_progress(work: Callable[[Watch], Run]) -> Run:

@@ -37,6 +37,9 @@ Int64 = npt.NDArray[np.int64]
 STAND_INS = (
     "Contract: a local file that every party is given; its hash is bound into every seal, nobody countersigned it.",
     "Privacy ledger: epsilon is computed for this job alone; no ledger of earlier jobs is kept.",
+    "Consent: the tables of a simulation have no register, everybody counts as consenting.",
+    "Audit and destruction: no signed log, no signed receipts.",
+    "Deployment: every vault runs on this machine, without TLS between institutions.",
 )
 
 
@@ -232,7 +235,15 @@ def _peak_memory_mb() -> float:
 
 def _noise_warnings(result: Mapping[str, Any]) -> list[str]:
     if result["pooled_metrics"] is None:
-        return ["the noise of this epsilon drowns the held-out rows: no pooled metrics; use more rows or more epsilon"]
+        return [
+            "the noise of this epsilon drowns the held-out rows: no pooled metrics, no calibration, lift or KS chart; "
+            "use more rows or more epsilon"
+        ]
+    if noise := result["pooled_metrics"]["auc_noise_std"]:
+        return [
+            f"calibration, lift and KS chart come from the released histogram, which carries noise (standard deviation "
+            f"{noise:.4f} of its AUC); their intervals do not count it"
+        ]
     return []
 
 
