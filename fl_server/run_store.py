@@ -25,8 +25,6 @@ def check_folder(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(folder.parent, os.W_OK):
         raise PermissionError(f"{folder.parent} is not writable; name another folder for results (--out, make OUT=)")
-            f"{folder.parent} is not writable; name another folder for the results (--out, make OUT=)"
-        )
 
 
 def write_run(folder: Path, files: Mapping[str, str]) -> None:
