@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fl_clients.contract import Contract
-from fl_clients.data import AlignedRows, OwnerData
+from fl_clients.data import AlignedRows, Bool, OwnerData
 from fl_clients.matching import Matching, announced_size, without_revoked
 from fl_clients.protocol import Audience, Letter, Request, Step, StepKind
 from fl_clients.session import Session
@@ -121,8 +121,9 @@ class FeatureOwner:
         self._matching.erase()
         self._matching = None
         self._check_sharing()
+        live = self._live()
         for bank in contract.banks:
-            self._drop_revoked(bank.name)
+            self._drop_revoked(bank.name, live)
         if not any((aligned.training >= 0).any() for aligned in self._aligned.values()):
             raise Refused(f"no enterprise of the banks is known to {self._name}; leave it out of the job")
         model = contract.model
@@ -158,9 +159,11 @@ class FeatureOwner:
                 "hold for them; raise banks_per_enterprise in the contract"
             )
 
-    def _drop_revoked(self, bank: str) -> bool:
-        """Enterprises whose consent was revoked meanwhile are unknown from here on; says whether there were any."""
-        live = self._data.consent(self._data.ids)
+    def _live(self) -> Bool:
+        return self._data.consent(self._data.ids)
+
+    def _drop_revoked(self, bank: str, live: Bool) -> bool:
+        """Enterprises without live consent are unknown from here on; says whether training rows were among them."""
 
         def kept(rows: Int64) -> Int64:
             return np.where((rows >= 0) & live[np.maximum(rows, 0)], rows, -1)
@@ -216,8 +219,9 @@ class FeatureOwner:
 
     def _forget_revoked(self, banks: Sequence[str]) -> None:
         """Rows whose consent was revoked since the last round leave the matrix."""
+        live = self._live()  # asked once a step: a large register takes seconds
         for bank in banks:
-            if not self._drop_revoked(bank):
+            if not self._drop_revoked(bank, live):
                 continue
             self._cells[bank] = self._place(bank, held_out=False)
             old = self._designs[bank]
@@ -334,11 +338,13 @@ class FeatureOwner:
         """The last step sizes; then exact partial scores of the held-out rows, summed blindly over owners."""
         news = self._session.letters(request, Step(kind=StepKind.FINISH), request.participants)
         self._take_step(self._contract.model.rounds, self._agreed(news, "alphas"))
+        if step not in self._begun:
+            # once: scoring again with one enterprise less would give this owner's part of it by difference
+            live = self._live()
+            for bank in request.participants:
+                self._drop_revoked(bank, live)
         letters = []
         for bank in request.participants:
-            if step not in self._begun:
-                # once: scoring again with one enterprise less would give this owner's part of it by difference
-                self._drop_revoked(bank)
             part = scorecard.apply(self._place(bank, held_out=True), self._weights)
             letters.append(self._share(step, request, bank, part))
         return Outgoing(letters=tuple(letters))
