@@ -8,9 +8,9 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from fl_clients import who_sees_what
 from fl_clients.contract import Contract
 from fl_clients.protocol import schedule
-from fl_server import who_sees_what
 
 app = typer.Typer(
     help="The coordinator: reads contracts and says what a job would do. Deployment comes with a later release.",

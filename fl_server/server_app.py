@@ -6,14 +6,14 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fl_clients.contract import Contract
+from fl_clients.contract import SignedContract
 from fl_server.coordinator import Coordinator, Outcome, Watch
 from fl_server.run_store import write_outcome
 from privacy.identity import SigningIdentity
 
 
 def server_app(
-    contract: Contract,
+    signed: SignedContract,
     identity: SigningIdentity,
     keep: Callable[[Callable[[], Outcome]], None],
     watch: Watch,
@@ -25,7 +25,7 @@ def server_app(
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         del context
-        keep(Coordinator(grid=grid, contract=contract, identity=identity, watch=watch, timeout_s=timeout_s).run)
+        keep(Coordinator(grid=grid, signed=signed, identity=identity, watch=watch, timeout_s=timeout_s).run)
 
     return app
 
@@ -36,7 +36,7 @@ app = ServerApp()
 @app.main()
 def _main(grid: Grid, context: Context) -> None:
     """`flwr run` with run config `contract` (JSON file), `identity` (key file) and `out` (directory of the result)."""
-    contract = Contract.model_validate_json(Path(str(context.run_config["contract"])).read_text(encoding="utf-8"))
+    signed = SignedContract.model_validate_json(Path(str(context.run_config["contract"])).read_text(encoding="utf-8"))
     identity = SigningIdentity.load(Path(str(context.run_config["identity"])))
-    outcome = Coordinator(grid=grid, contract=contract, identity=identity).run()
-    write_outcome(Path(str(context.run_config["out"])), contract, outcome)
+    outcome = Coordinator(grid=grid, signed=signed, identity=identity).run()
+    write_outcome(Path(str(context.run_config["out"])), signed, outcome)

@@ -177,7 +177,7 @@ def run_tapped(parties: Parties, tap: Tap = untouched, transcript: list[bytes] |
 
     app = client_app(lambda context: vault_of(names[context.node_id]))
     grid = LossyGrid(app, {node: {"vault": name} for node, name in names.items()}, transcript)
-    return Coordinator(grid=grid, contract=parties.contract, identity=parties.coordinator).run()
+    return Coordinator(grid=grid, signed=parties.signed, identity=parties.coordinator).run()
 
 
 class _Halt(BaseException):
@@ -216,7 +216,7 @@ def resigned(parties: Parties, data: bytes, **changes: Any) -> bytes:
 
 def refusal_of(parties: Parties, party: str, reply: bytes) -> str | None:
     """The reason, if `reply` is a refusal signed by `party` that releases nothing; None if it is an answer."""
-    _, body, _ = msgpack.unpackb(reply, max_bin_len=1 << 31)
+    _, body, _, _ = msgpack.unpackb(reply, max_bin_len=1 << 31)
     plain = msgpack.unpackb(body, max_bin_len=1 << 31)
     asked = Request(job=parties.contract.hash, step=plain["step"], attempt=plain["attempt"], participants=())
     answer = decode_reply(reply, parties.contract, party, asked)

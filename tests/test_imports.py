@@ -18,9 +18,13 @@ MAY_IMPORT = {
     "models": {"models"},
     "privacy": {"privacy"},
 }
-PROTOCOL_MODULES = {"fl_clients.contract", "fl_clients.protocol", "fl_clients.roster", "fl_clients.courier"}
+PROTOCOL_MODULES = {
+    *("fl_clients.contract", "fl_clients.protocol", "fl_clients.roster", "fl_clients.courier"),
+    *("fl_clients.certificate", "fl_clients.who_sees_what"),
+}
 SECRET_TYPES = {
     *("JobKeys", "BankKey", "ConsortiumKey", "OneTimePad", "SystemNoise", "KeyedForwardNoise", "RecordedNoise"),
+    *("Institution", "JobBook", "Ledger", "AuditLog"),
     *("Session", "Bank", "FeatureOwner", "Vault", "OwnerDesign", "BankData", "OwnerData", "LabelledRows"),
 }
 FLOWER_FREE = ("models", "privacy")
