@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fl_clients import auditor
+from fl_clients import certificate as certificates
 from fl_clients.auditor import NotProved, Report
 from privacy.audit_format import LOG_FILE, PARTY_FILE
 from privacy.errors import Refused
@@ -91,6 +92,57 @@ def check_proof(
         body = json.dumps(entry.body, ensure_ascii=False, sort_keys=True)
         _say(f"{entry.index:>8}  {entry.time}  {entry.kind}  {entry.job or '-'}  {body}")
     _say(f"identity fingerprint {fingerprint(excerpt.public)}: compare it with the one you know 请核对身份指纹")
+
+
+@app.command()
+def certificate(
+    file: Annotated[Path, typer.Argument(help="certificate.json of a run.")],
+    known: Annotated[
+        list[str] | None, typer.Option("--identity", help="name=public key (hex), as you know it.")
+    ] = None,
+) -> None:
+    """Verify a privacy certificate from its file alone: signatures, receipts, heads, and epsilon composed again.
+
+    Example: xinyi-audit certificate certificate.json --identity pboc=8d1f...
+    """
+    with _one_line():
+        try:
+            whole = json.loads(file.read_bytes())
+        except ValueError:
+            raise Refused(f"{file} is no JSON file; give the certificate.json of a run") from None
+        wanted = dict(_pair(text) for text in known or [])
+        try:
+            body = certificates.check(whole if isinstance(whole, dict) else {})
+            contract = body.signed.contract
+            for name, key in wanted.items():
+                if contract.identity_of(name).hex() != key:
+                    raise Refused(f"the contract has another key for {name} than the one you gave")
+        except Refused as error:
+            _say(f"NOT VALID 无效: {error}")
+            raise typer.Exit(FOUND) from None
+    privacy = body.facts["privacy"]
+    spent = "none: exact sums, simulation only" if privacy["epsilon"] is None else f"{privacy['epsilon']:.6g}"
+    shown = Table("party 机构", "role", "identity fingerprint 身份指纹", "log entries", "ledger after the run")
+    for name, receipt in body.receipts.items():
+        party = body.facts["parties"][name]
+        ledger = receipt["spent"]
+        after = f"epsilon {ledger['epsilon']}" if "epsilon" in ledger else f"openings {ledger['score_openings']}"
+        shown.add_row(name, party["role"], party["identity"], str(body.heads[name].size), after)
+    Console().print(shown)
+    _say(f"job {contract.job}, run {body.use} of {contract.uses}, contract {contract.hash.hex()}")
+    _say(
+        f"epsilon {spent}" + ("" if privacy["epsilon"] is None else f" at delta {privacy['delta']:.3g}, composed again")
+    )
+    for line in (privacy["covers"], privacy["owners"], privacy["assumes"]):
+        _say(line)
+    _say(f"valid 有效: signed by {', '.join(['the coordinator', *body.receipts])}; compare the fingerprints you know")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, _, key = text.rpartition("=")
+    if not name:
+        raise Refused(f"--identity {text!r}: write it as name=public key")
+    return name, key.strip().lower()
 
 
 @audit_app.command("verify")

@@ -99,26 +99,26 @@ def open_institution(home: Path, passphrase: bytes | None = None, clock: Clock =
     if not isinstance(name, str) or role not in ("bank", "pboc", "public_credit"):
         raise Refused(f"{home / SETTINGS}: name {name!r} and role {role!r}; role is bank, pboc or public_credit")
     identity = SigningIdentity.load(home / IDENTITY, passphrase)
-    institution = Institution(
+    log = AuditLog(home / AUDIT, identity, name, clock)
+    return Institution(
         name=name,
         role=role,
         home=home,
         identity=identity,
         openings_key=read_private(home / OPENINGS_KEY),
-        log=AuditLog(home / AUDIT, identity, name, clock),
-        ledger=Ledger(home / DATABASE),
+        log=log,
+        ledger=Ledger(home / DATABASE, expected=ledger_head(log)),
         jobs=JobBook(home / DATABASE),
         clock=clock,
     )
-    check_consistent(institution)
-    return institution
 
 
-def check_consistent(institution: Institution) -> None:
-    """`Refused` when log and ledger cannot be of the same history: one of them was put back to an older state.
+def ledger_head(log: AuditLog) -> Head | None:
+    """The newest state of the ledger that the log knows: a ledger put back to an older one is refused.
 
     What is reserved is logged before it is used, so the ledger has every reservation that the log knows.
     """
-    logged = [entry.body for entry in institution.log.entries() if entry.kind == "reservation"]
-    if logged:
-        institution.ledger.check(Head(count=int(logged[-1]["count"]), digest=str(logged[-1]["digest"])))
+    for entry in reversed(log.entries()):
+        if entry.kind == "reservation":
+            return Head(count=int(entry.body["count"]), digest=str(entry.body["digest"]))
+    return None

@@ -116,7 +116,7 @@ def facts_of(contract: Contract, party: str, policy: Policy, spent_epsilon: floa
         asked=asked_epsilon(policy, contract),
         spent=spent_epsilon,
         after=total_epsilon(policy, contract, spent_epsilon),
-        limit=policy.most_epsilon_total,
+        limit=None if math.isinf(policy.total_limit) else policy.total_limit,
         delta=policy.delta,
         openings=openings_of(contract),
         most_openings=policy.most_score_openings,

@@ -26,6 +26,7 @@ from privacy.charges import Budget
 from privacy.errors import Refused
 
 Level = Annotated[int, Field(ge=1, le=HIGHEST_LEVEL)]
+Epsilon = Annotated[float, Field(gt=0)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -60,8 +61,10 @@ class Policy(_Frozen):
     least_cell: int = Field(default=20, ge=1)
     """Least rows of a category before it is merged (the contract's least_count)."""
     least_forward_noise: float = Field(default=1.0, ge=0)
-    most_epsilon_job: float | None = Field(default=1.0, gt=0, le=MOST_EPSILON)
-    most_epsilon_total: float | None = Field(default=3.0, gt=0)
+    most_epsilon_job: Epsilon | Literal["none"] = 1.0
+    """All uses of one job together, at `delta`; "none": no limit, in a simulation only."""
+    most_epsilon_total: Epsilon | Literal["none"] = 3.0
+    """All jobs of a data set together."""
     delta: float = Field(default=1e-6, gt=0, le=MOST_DELTA)
     most_score_openings: int = Field(default=12, ge=1)
     """Times that the score of one enterprise may be opened, over all jobs (feature owners)."""
@@ -74,14 +77,14 @@ class Policy(_Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not self.simulation and (self.most_epsilon_job is None or self.most_epsilon_total is None):
+        if not self.simulation and "none" in (self.most_epsilon_job, self.most_epsilon_total):
             raise ValueError("no epsilon limit: outside simulation a policy must set most_epsilon_job and _total")
+        if not self.simulation and self.job_limit > MOST_EPSILON:
+            raise ValueError(f"most_epsilon_job={self.job_limit:g}: outside simulation at most {MOST_EPSILON:g}")
         if not self.simulation and self.least_forward_noise < 1:
             raise ValueError(f"least_forward_noise={self.least_forward_noise}: outside simulation at least 1")
-        if self.most_epsilon_job and self.most_epsilon_total and self.most_epsilon_job > self.most_epsilon_total:
-            raise ValueError(
-                f"most_epsilon_job={self.most_epsilon_job} is above most_epsilon_total={self.most_epsilon_total}"
-            )
+        if self.job_limit > self.total_limit:
+            raise ValueError(f"most_epsilon_job={self.job_limit:g} is above most_epsilon_total={self.total_limit:g}")
         automatic = self.automatic
         if automatic.purposes and not (automatic.coordinators and automatic.most_epsilon):
             raise ValueError("automatic approval needs purposes, coordinators and most_epsilon, all three")
@@ -90,11 +93,21 @@ class Policy(_Frozen):
         return self
 
     @property
+    def job_limit(self) -> float:
+        """most_epsilon_job as a number, infinite for "none"."""
+        return math.inf if self.most_epsilon_job == "none" else self.most_epsilon_job
+
+    @property
+    def total_limit(self) -> float:
+        """most_epsilon_total as a number, infinite for "none"."""
+        return math.inf if self.most_epsilon_total == "none" else self.most_epsilon_total
+
+    @property
     def budget(self) -> Budget:
         """The limits as the ledger takes them. `Refused` for a policy without epsilon limits."""
-        if self.most_epsilon_job is None or self.most_epsilon_total is None:
+        if math.isinf(self.job_limit) or math.isinf(self.total_limit):
             raise Refused("this policy has no epsilon limits: it is for simulations only")
-        return Budget(epsilon_job=self.most_epsilon_job, epsilon_total=self.most_epsilon_total, delta=self.delta)
+        return Budget(epsilon_job=self.job_limit, epsilon_total=self.total_limit, delta=self.delta)
 
     def level_of(self, role: Role, column: str) -> int | None:
         """Sensitivity of a column of a party in that role; None where nobody classified it."""
@@ -208,9 +221,8 @@ def _about_columns(policy: Policy, contract: Contract, party: str) -> list[Objec
             found.append(_objection("column without a level", column.name, "classified columns", remedy))
         elif level > policy.most_level:
             remedy = "ask the coordinator to leave it out"
-            found.append(
-                _objection("sensitivity", f"{column.name} level {level}", f"level {policy.most_level}", remedy)
-            )
+            value, limit = f"{column.name} level {level}", f"at most level {policy.most_level}"
+            found.append(_objection("sensitivity", value, limit, remedy))
     return found
 
 
@@ -245,15 +257,13 @@ def _about_epsilon(policy: Policy, contract: Contract, party: str, spent_epsilon
         limit = f"at most {policy.most_score_openings} over all jobs"
         remedy = "ask for fewer rounds, uses or banks per enterprise"
         found.append(_objection("score openings of one enterprise", f"up to {opened}", limit, remedy))
-    if policy.most_epsilon_job is not None and asked > policy.most_epsilon_job:
+    if asked > policy.job_limit:
         remedy = "ask for a smaller epsilon or fewer uses"
-        found.append(_objection("epsilon of all uses", number(asked), f"at most {policy.most_epsilon_job:g}", remedy))
-    if bank and policy.most_epsilon_total is not None:
-        total = total_epsilon(policy, contract, spent_epsilon)
-        if total > policy.most_epsilon_total:
-            value = f"{number(total)} with the {number(spent_epsilon)} already spent"
-            remedy = "what is spent never comes back: ask for less, or an admin raises the limit"
-            found.append(_objection("epsilon in all", value, f"at most {policy.most_epsilon_total:g}", remedy))
+        found.append(_objection("epsilon of all uses", number(asked), f"at most {policy.job_limit:g}", remedy))
+    if bank and (total := total_epsilon(policy, contract, spent_epsilon)) > policy.total_limit:
+        value = f"{number(total)} with the {number(spent_epsilon)} already spent"
+        remedy = "what is spent never comes back: ask for less, or an admin raises the limit"
+        found.append(_objection("epsilon in all", value, f"at most {policy.total_limit:g}", remedy))
     return found
 
 

@@ -1,6 +1,6 @@
 """What holds at an institution: its people and its policy, changed by signed changes only, as its audit log proves.
 
-Each change is an entry (kind `people` or `policy`) with the whole new content, the hash of the one before, and the
+Each change is an entry (kind `people` or `policy`) with the whole new content, the hash of the change before, and the
 signature of an admin that the list before it names; the first list is signed by the admin that it makes. The log is
 what counts. The files people.toml and policy.toml are its latest contents, for reading.
 
@@ -45,15 +45,15 @@ class Rules:
 
 @dataclass(frozen=True, kw_only=True)
 class _History:
-    """What the log says: `contents` of each kind in order, as JSON data."""
+    """What the log says: the `changes` of each kind that count, in order."""
 
     people: People | None
     policy: Policy | None
-    contents: dict[Kind, tuple[dict[str, Any], ...]]
+    changes: dict[Kind, tuple[dict[str, Any], ...]]
 
     def last(self, kind: Kind) -> str:
-        """Hash of the content in force; empty before the first."""
-        return _hash(self.contents[kind][-1]) if self.contents[kind] else ""
+        """Hash of the last change; empty before the first."""
+        return _hash(self.changes[kind][-1]) if self.changes[kind] else ""
 
 
 def rules(institution: Institution) -> Rules:
@@ -61,8 +61,8 @@ def rules(institution: Institution) -> Rules:
     history = _history(institution)
     if history.people is None:
         raise Refused("this institution has no people yet; name the first admin with `xinyi-node people add`")
-    all_people = [People.model_validate(content) for content in history.contents["people"]]
-    all_policies = [Policy.model_validate(content) for content in history.contents["policy"]]
+    all_people = [People.model_validate(change["content"]) for change in history.changes["people"]]
+    all_policies = [Policy.model_validate(change["content"]) for change in history.changes["policy"]]
     _check_file(institution.home / PEOPLE, load_people, dump_people, all_people)
     _check_file(institution.home / POLICY, load_policy, dump_policy, all_policies)
     return Rules(people=history.people, policy=history.policy or Policy(), policy_is_set=history.policy is not None)
@@ -116,7 +116,7 @@ def _change(
     }
     body["signature"] = key.sign(_CONTEXT, _bytes(body)).hex()
     institution.log.append([Entry(kind=kind, job=None, body=body)])
-    if _history(institution).last(kind) != _hash(content.model_dump(mode="json")):
+    if _history(institution).last(kind) != _hash(body):
         raise Refused(f"somebody else changed {kind} at the same moment and came first; look at it and begin again")
     if isinstance(content, People):
         write_private(institution.home / PEOPLE, dump_people(content).encode())
@@ -127,18 +127,18 @@ def _change(
 def _history(institution: Institution) -> _History:
     people: People | None = None
     policy: Policy | None = None
-    contents: dict[Kind, list[dict[str, Any]]] = {"people": [], "policy": []}
+    changes: dict[Kind, list[dict[str, Any]]] = {"people": [], "policy": []}
     for entry in institution.log.entries():
         if entry.kind not in ("people", "policy"):
             continue
         kind = cast(Kind, entry.kind)
         try:
             body = dict(entry.body)
-            content, before = body["content"], contents[kind]
+            content, before = body["content"], changes[kind]
             if body["kind"] != kind or body["institution"] != institution.name:
                 raise Refused("it is of another institution or kind")
             if body["previous"] != (_hash(before[-1]) if before else ""):
-                continue  # two admins at once: the first counts, the second was told so
+                continue  # two admins at once: the first counts, the second was told so; or a change put in again
             if kind == "people":
                 listed = People.model_validate(content)
                 _check_signature(body, people or listed)
@@ -148,14 +148,14 @@ def _history(institution: Institution) -> _History:
                     raise Refused("there was no admin yet")
                 _check_signature(body, people)
                 policy = Policy.model_validate(content)
-            before.append(content)
+            before.append(body)
         except (KeyError, TypeError, ValueError, ValidationError, Refused) as error:
             why = str(error) if isinstance(error, Refused) else f"it cannot be read ({type(error).__name__})"
             raise Refused(
                 f"entry {entry.index} of the audit log changes {kind}, but {why}; nothing is decided until an auditor "
                 "has looked at it"
             ) from None
-    return _History(people=people, policy=policy, contents={kind: tuple(items) for kind, items in contents.items()})
+    return _History(people=people, policy=policy, changes={kind: tuple(items) for kind, items in changes.items()})
 
 
 def _check_signature(body: dict[str, Any], people: People) -> None:

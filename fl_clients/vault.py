@@ -303,8 +303,11 @@ class Vault:
         if outgoing.openings:
             self._note_ledger(None)
         performed = Roster.released_in(step.name)
-        if performed and self._reservation is not None and self._reservation.charges != (EXACT,):
-            ledger.commit(self._reservation, dict.fromkeys(performed, 1), now=now)
+        if performed:
+            if self._reservation is None:
+                raise Refused(f"step {step.name} releases what was never reserved in the ledger of {self.party}")
+            if self._reservation.charges != (EXACT,):
+                ledger.commit(self._reservation, dict.fromkeys(performed, 1), now=now)
 
     def _note_ledger(self, epsilon: float | None) -> None:
         """What the ledger holds from here on: if it is put back to an older state, this shows it."""

@@ -28,10 +28,9 @@ from dp_accounting import (
 )
 from dp_accounting.rdp import RdpAccountant, compute_epsilon
 
-from privacy.accounting import _ORDERS, GROUPS, Group, Plan
+from privacy.accounting import GROUPS, ORDERS, Group, Plan
 from privacy.errors import Refused
 
-ORDERS = _ORDERS
 """Renyi orders of every curve: the plan's, so that plan and ledger agree to the last digit."""
 
 Curve = npt.NDArray[np.float64]
@@ -141,7 +140,7 @@ def charges_of(plan: Plan) -> tuple[Charge, ...]:
         ZcdpCharge(
             name=release.name,
             rho=plan.rho(release.name),
-            count=release.count + plan.extra.get(release.name, 0),
+            count=release.count,
             group=release.group,
         )
         for release in plan.releases

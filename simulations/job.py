@@ -218,7 +218,11 @@ def admit(institution: Institution, signed: SignedContract) -> None:
             Entry(
                 kind="contract",
                 job=contract.job,
-                body={"contract": contract.model_dump(mode="json"), "hash": contract.hash.hex()},
+                body={
+                    "contract": contract.model_dump(mode="json"),
+                    "hash": contract.hash.hex(),
+                    "signatures": signed.signatures,
+                },
             ),
             Entry(kind="state", job=contract.job, body={"from": "notified", "to": "authorised"}),
         ]
