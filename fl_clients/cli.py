@@ -5,12 +5,20 @@ from typing import Annotated
 
 import typer
 
+from fl_clients import at_home, institution
+from fl_clients.at_home import HomeOption
+from fl_clients.audit_cli import audit_app
+from fl_clients.contract import Role
 from fl_clients.data_cli import consent_app, data_app
+from fl_clients.job_cli import budget, job_app
+from fl_clients.people_cli import card, people_app, policy_app
+from fl_clients.serve_cli import name_data, serve_job
+from privacy import passphrase
 from privacy.errors import Refused
 from privacy.identity import SigningIdentity, fingerprint
 
 app = typer.Typer(
-    help="An institution's node: its identity, its own data and consents. Deployment comes with a later release.",
+    help="An institution's node: identity, people and policy, own data and consents, jobs, budget, audit log.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -19,11 +27,42 @@ app = typer.Typer(
 
 app.add_typer(data_app, name="data")
 app.add_typer(consent_app, name="consent")
+app.add_typer(people_app, name="people")
+app.add_typer(policy_app, name="policy")
+app.add_typer(job_app, name="job")
+app.add_typer(audit_app, name="audit")
+app.command()(card)
+app.command()(budget)
+job_app.command("data")(name_data)
+job_app.command("serve")(serve_job)
 
 
 @app.callback()
 def _xinyi() -> None:
     pass
+
+
+@app.command()
+def init(
+    name: Annotated[str, typer.Argument(help="Name of the institution, as contracts will have it.")],
+    role: Annotated[Role, typer.Option(help="bank, pboc or public_credit.")],
+    encrypted: Annotated[
+        bool, typer.Option("--passphrase", help="Encrypt the identity; asks for a passphrase.")
+    ] = False,
+    home: HomeOption = None,
+) -> None:
+    """Make the institution's home: identity, ledger, job book, audit log.
+
+    Example: xinyi-node init bank1 --role bank
+    """
+    with at_home.one_line():
+        folder = institution.home_folder(home)
+        phrase = passphrase.for_new_key(folder, passphrase.FILE_VARIABLE) if encrypted else None
+        institution.create(folder, name, role, phrase)
+        with at_home.at_home(home) as opened:
+            at_home.say(f"made {folder} of {name} ({role})")
+            at_home.say(f"public key   {opened.identity.public.hex()}")
+            at_home.say(f"fingerprint  {fingerprint(opened.identity.public)}")
 
 
 @app.command()

@@ -53,6 +53,11 @@ def _socket_vault(context: Context) -> tuple[str, Call]:
     if not address:
         folder = Path(os.environ[SOCKET_FOLDER])
         address = f"unix:{folder / str(context.node_config['partition-id'])}.sock"
+    return vault_at(address)
+
+
+def vault_at(address: str) -> tuple[str, Call]:
+    """(party name, its call) of the vault that listens at a gRPC address (unix:/path)."""
 
     def call(method: str, payload: bytes) -> bytes:
         with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:

@@ -164,6 +164,21 @@ class Vault:
     def __repr__(self) -> str:
         return f"Vault({self.party!r}, job {self.contract.job})"
 
+    @property
+    def use(self) -> int:
+        """The run of the contract that this is, from 1; 0 before the first step."""
+        return self._use
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the run came to its end: keys and rows are gone, the model is final."""
+        return bool(self._receipt.get("model"))
+
+    @property
+    def is_certified(self) -> bool:
+        """Whether this party signed the run's certificate, the last thing that it is asked for."""
+        return any(step == StepKind.CERTIFY for step, _ in self._stored)
+
     def handle(self, data: bytes) -> bytes:
         """Answer one request. A refusal is an answer too: signed, logged, with its reason in one line.
 

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import grpc
 
-from fl_clients.courier import CHANNEL_OPTIONS, HANDLE, WHO
-from fl_clients.vault import Vault
+from fl_clients.courier import CHANNEL_OPTIONS, HANDLE, WHO, Call
 
 
 @contextmanager
-def serve(vault: Vault, socket: Path) -> Iterator[None]:
-    """Serve one vault while the context is open; steps are handled one at a time."""
+def serve(party: str, handle: Call, socket: Path) -> Iterator[None]:
+    """Serve a party's vault while the context is open; steps are handled one at a time."""
     server = grpc.server(ThreadPoolExecutor(max_workers=1), options=CHANNEL_OPTIONS)
 
     def method(name: str) -> str:
@@ -25,8 +24,8 @@ def serve(vault: Vault, socket: Path) -> Iterator[None]:
             grpc.method_handlers_generic_handler(
                 "xinyi.Vault",
                 {
-                    method(HANDLE): grpc.unary_unary_rpc_method_handler(lambda request, _: vault.handle(request)),
-                    method(WHO): grpc.unary_unary_rpc_method_handler(lambda request, _: vault.party.encode()),
+                    method(HANDLE): grpc.unary_unary_rpc_method_handler(lambda request, _: handle(request)),
+                    method(WHO): grpc.unary_unary_rpc_method_handler(lambda request, _: party.encode()),
                 },
             ),
         )

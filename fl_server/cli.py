@@ -9,20 +9,42 @@ from rich.console import Console
 from rich.table import Table
 
 from fl_clients import who_sees_what
-from fl_clients.contract import Contract
+from fl_clients.contract import Contract, SignedContract
 from fl_clients.protocol import schedule
+from fl_server import job_folder
+from fl_server.job_cli import HomeOption, job_app
+from privacy.errors import Refused
+from privacy.identity import fingerprint
 
 app = typer.Typer(
-    help="The coordinator: reads contracts and says what a job would do. Deployment comes with a later release.",
+    help="The coordinator: drafts contracts, collects signatures, runs jobs, says what a job would do.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 
+app.add_typer(job_app, name="job")
+
+
 @app.callback()
 def _xinyi() -> None:
     pass
+
+
+@app.command()
+def init(home: HomeOption = None) -> None:
+    """Make the coordinator's home with a fresh identity.
+
+    Example: xinyi-server init
+    """
+    try:
+        folder = job_folder.server_home(home)
+        identity = job_folder.create_server_home(folder)
+    except (OSError, Refused) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    typer.echo(f"made {folder}, public key {identity.public.hex()}, fingerprint {fingerprint(identity.public)}")
 
 
 @app.command()
@@ -32,7 +54,7 @@ def explain(contract: Annotated[Path, typer.Argument(help="A contract.json, as a
     Example: xinyi-server explain out/demo/run/contract.json
     """
     try:
-        terms = Contract.model_validate_json(contract.read_bytes())
+        terms = _read_contract(contract.read_bytes())
     except (OSError, ValidationError) as error:
         typer.echo(f"error: {contract} is no contract: {str(error).splitlines()[0]}", err=True)
         raise typer.Exit(2) from None
@@ -45,6 +67,14 @@ def explain(contract: Annotated[Path, typer.Argument(help="A contract.json, as a
     console.print(table)
     for line in who_sees_what.warnings(terms):
         console.print(f"warning: {line}", markup=False)
+
+
+def _read_contract(data: bytes) -> Contract:
+    """A contract, alone or with its signatures."""
+    try:
+        return SignedContract.model_validate_json(data).contract
+    except ValidationError:
+        return Contract.model_validate_json(data)
 
 
 def main() -> None:

@@ -9,11 +9,16 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from fl_clients.contract import COORDINATOR, SignedContract
+from fl_clients.courier import client_app, vault_at
 from fl_server import job_folder
+from fl_server.coordinator import Coordinator, JobStoppedError, Watch
 from fl_server.job_draft import contract_of
+from fl_server.memory_grid import MemoryGrid
+from fl_server.run_store import outcome_figures, write_outcome
 from privacy.errors import Refused
 from privacy.identity import fingerprint
 
@@ -32,7 +37,7 @@ JobArgument = Annotated[str, typer.Argument(help="Number of the job, or an unamb
 def _one_line() -> Iterator[None]:
     try:
         yield
-    except (Refused, OSError) as error:
+    except (Refused, JobStoppedError, OSError) as error:
         text = " ".join(str(error).split())
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {text}", markup=False)
         raise typer.Exit(REFUSED) from None
@@ -138,6 +143,60 @@ def show(job: JobArgument, home: HomeOption = None) -> None:
         )
     Console().print(table)
     _say(_standing(signed))
+
+
+@job_app.command()
+def start(
+    job: JobArgument,
+    vaults: Annotated[list[str], typer.Option("--vault", help="party=socket of its vault, once for each party.")],
+    home: HomeOption = None,
+) -> None:
+    """Run a job that everyone signed, over the sockets of the parties' vaults (`xinyi-node job serve`).
+
+    Example: xinyi-server job start 5f0c --vault bank1=/srv/bank1/vault.sock --vault pboc=/srv/pboc/vault.sock
+    """
+    with _one_line():
+        folder = job_folder.server_home(home)
+        signed = job_folder.load(folder, job)
+        signed.check_all()
+        sockets = _sockets(signed, vaults)
+        identity = job_folder.coordinator_identity(folder)
+        use, out = job_folder.begin_run(folder, signed)
+        nodes = dict(enumerate(sockets.values(), start=1))
+        courier = client_app(lambda context: vault_at(nodes[context.node_id]))
+        grid = MemoryGrid(courier, {node: {} for node in nodes})
+        with _progress() as watch:
+            outcome = Coordinator(grid=grid, signed=signed, identity=identity, use=use, watch=watch).run()
+        write_outcome(out, signed, outcome)
+        metrics = outcome_figures(signed.contract, outcome)["pooled_metrics"]
+    if metrics is None:
+        _say("pooled metrics: the noise of this epsilon drowns the held-out rows")
+    else:
+        _say(f"pooled AUC {metrics['auc']:.4f} (noise {metrics['auc_noise_std']:.4f}), KS {metrics['ks']:.4f}")
+    _say(f"run {use} of {signed.contract.uses}: {out}")
+    _say(f"next: xinyi-audit certificate {out / 'certificate.json'}")
+
+
+def _sockets(signed: SignedContract, told: list[str]) -> dict[str, str]:
+    """Party -> gRPC address of its vault; one for each party of the contract."""
+    sockets: dict[str, str] = {}
+    for text in told:
+        party, separator, path = text.rpartition("=")
+        if not separator or not path:
+            raise Refused(f"--vault {text!r}: write it as party=socket")
+        signed.contract.party(party)
+        sockets[party] = path if ":" in path else f"unix:{Path(path).resolve()}"
+    if lacking := [party.name for party in signed.contract.parties if party.name not in sockets]:
+        raise Refused(f"no --vault for {', '.join(lacking)}")
+    return sockets
+
+
+@contextmanager
+def _progress() -> Iterator[Watch]:
+    columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("start", total=None)
+        yield lambda done, total, step: progress.update(task, completed=done, total=total, description=step)
 
 
 def _standing(signed: SignedContract) -> str:

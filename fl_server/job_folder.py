@@ -19,7 +19,7 @@ from privacy.private_file import private_folder, write_private
 
 HOME_VARIABLE = "XINYI_SERVER_HOME"
 DEFAULT_HOME = Path("~/.xinyi-server")
-IDENTITY, JOBS, CONTRACT = "identity.key", "jobs", "contract.json"
+IDENTITY, JOBS, CONTRACT, RUNS, RESULT = "identity.key", "jobs", "contract.json", "runs", "result"
 
 _FILE_NAME = re.compile(r"\w[\w .-]*")
 
@@ -105,6 +105,22 @@ def invite(signed: SignedContract, out: Path) -> tuple[Path, ...]:
         path.write_text(signed.model_dump_json(indent=1), encoding="utf-8")
         written.append(path)
     return tuple(written)
+
+
+def begin_run(home: Path, signed: SignedContract) -> tuple[int, Path]:
+    """(number of the run, folder for its result): a number is given once, also when the run comes to nothing.
+
+    `Refused` when the contract's uses are spent; every vault counts them as well.
+    """
+    runs = private_folder(home / JOBS / signed.contract.job / RUNS)
+    use = 1 + max((int(path.name) for path in runs.iterdir() if path.name.isdecimal()), default=0)
+    if use > signed.contract.uses:
+        raise Refused(
+            f"job {signed.contract.job[:8]} was run {use - 1} times, its contract allows {signed.contract.uses}; a "
+            "further run needs a new contract"
+        )
+    (runs / str(use)).mkdir(mode=0o700)
+    return use, runs / str(use) / RESULT
 
 
 def _folders(home: Path) -> list[Path]:

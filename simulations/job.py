@@ -41,6 +41,7 @@ from fl_clients.institution import Institution
 from fl_clients.vault import DataTerms, Vault
 from fl_clients.vault_service import serve
 from fl_server.coordinator import STEP_TIMEOUT_S, Coordinator, JobStoppedError, Outcome, Watch
+from fl_server.memory_grid import MemoryGrid
 from fl_server.server_app import server_app
 from models.scorecard import ScorecardSettings
 from privacy.accounting import default_delta
@@ -49,7 +50,6 @@ from privacy.charges import Budget
 from privacy.identity import SigningIdentity
 from privacy.noise import KeyedForwardNoise, RecordedForwardNoise, RecordedNoise, SystemNoise
 from simulations.federation_folder import BankTable, Federation
-from simulations.memory_grid import MemoryGrid
 
 Wire = Literal["memory", "ray"]
 Int64 = npt.NDArray[np.int64]
@@ -267,7 +267,7 @@ def _sockets(parties: Parties, folder: Path) -> Iterator[None]:
     """Every vault behind its own Unix socket, as in a deployment."""
     with ExitStack() as stack:
         for number, vault in enumerate(parties.vaults.values()):
-            stack.enter_context(serve(vault, folder / f"{number}.sock"))
+            stack.enter_context(serve(vault.party, vault.handle, folder / f"{number}.sock"))
         yield
 
 

@@ -27,7 +27,7 @@ from models.scorecard import ScorecardSettings
 from privacy import blind_aggregate, blind_sum, secure_sum
 from simulations.federation_folder import BankTable, BaselineSettings, Column, Federation, OwnerTable
 from simulations.job import Parties, make_parties, noise_totals
-from simulations.memory_grid import MemoryGrid
+from fl_server.memory_grid import MemoryGrid
 from simulations.run import pool
 from simulations.twin import TwinResult, run_twin
 
