@@ -20,10 +20,10 @@ SECRET = "correct horse battery"
 class Safe(keyring.backend.KeyringBackend):
     """A keyring in memory that counts as a protecting one."""
 
-    priority = 5.0  # type: ignore[assignment]
+    priority = 5.0
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.kept: dict[tuple[str, str], str] = {}
         self.locked = False
 
@@ -41,7 +41,7 @@ class Safe(keyring.backend.KeyringBackend):
 class Plain(Safe):
     """As `keyrings.alt` has it: a store in a plain file."""
 
-    priority = 0.5  # type: ignore[assignment]
+    priority = 0.5
 
 
 @pytest.fixture(autouse=True)
