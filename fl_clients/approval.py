@@ -9,6 +9,8 @@ the policy's own automatic rule, was verified and is in the audit log on disk; t
 crash between leaves less allowed than logged, never more. The policy's limits bind approvers too.
 """
 
+from pydantic import ValidationError
+
 from fl_clients.contract import COORDINATOR, Contract, SignedContract
 from fl_clients.decision import Decision
 from fl_clients.institution import Institution
@@ -60,14 +62,52 @@ def refuse(institution: Institution, rules: Rules, decision: Decision) -> JobEnt
     decision.check(rules.people, institution.name, entry.contract)
     if entry.state not in (JobState.NOTIFIED, JobState.AUTHORISED):
         raise Refused(f"job {decision.job} is {entry.state}; only a job that has not begun can be refused")
+    # the book first: a crash between the two must leave less allowed than logged, never more
+    institution.jobs.refuse(entry.contract, decision.reason, institution.clock())
     institution.log.append(
         [
             Entry(kind="refusal", job=decision.job, body={"decision": decision.model_dump(mode="json")}),
             _state_entry(entry.contract, entry.state, JobState.REFUSED),
         ]
     )
-    institution.jobs.refuse(entry.contract, decision.reason, institution.clock())
     return institution.jobs.get(decision.job)
+
+
+def check_approved(institution: Institution, rules: Rules, entry: JobEntry) -> None:
+    """`Refused` unless the audit log has the approval of this very contract, by an approver in force or by the policy.
+
+    The job book alone is not believed: whoever can write the file could set a state or a count of uses back.
+    """
+    contract, decision, refused, begun = entry.contract, None, False, 0
+    for logged in institution.log.entries(job=contract.job):
+        match logged.kind:
+            case "approval":
+                decision = logged.body.get("decision")
+            case "refusal" if "decision" in logged.body:
+                refused = True
+            case "state" if logged.body.get("to") == JobState.COLLECTING:
+                begun = max(begun, int(logged.body.get("use", 0)))
+    if refused or not isinstance(decision, dict):
+        raise Refused(
+            f"the audit log has {'a refusal' if refused else 'no approval'} of job {contract.job}; it stays shut"
+        )
+    if decision.get("person") == POLICY_ITSELF:
+        if decision.get("contract") != contract.hash.hex() or not is_automatic(
+            rules.policy, contract, institution.name, 0.0
+        ):
+            raise Refused(f"job {contract.job} was approved by the policy, and the policy in force would not")
+    else:
+        try:
+            made = Decision.model_validate(decision)
+        except ValidationError:
+            raise Refused(f"the approval of job {contract.job} in the audit log cannot be read") from None
+        if made.verdict != "approve":
+            raise Refused(f"the decision on job {contract.job} in the audit log is no approval")
+        made.check(rules.people, institution.name, contract)
+    if begun > entry.uses:
+        raise Refused(
+            f"the job book counts {entry.uses} runs of job {contract.job}, the audit log {begun}: the book was put back"
+        )
 
 
 def own_objections(

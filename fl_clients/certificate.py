@@ -8,8 +8,11 @@ Form: canonical JSON as in `privacy.audit_format`.
 """
 
 import hashlib
+import math
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from typing import Any
 
 from pydantic import ValidationError
@@ -18,7 +21,7 @@ from fl_clients import who_sees_what
 from fl_clients.contract import SignedContract
 from fl_clients.roster import Announcement, Roster
 from privacy.accounting import epsilon_after
-from privacy.audit_format import SignedHead, canonical, parse_canonical, verify_head
+from privacy.audit_format import SignedHead, canonical, parse_canonical, utc_time, verify_head
 from privacy.errors import Refused
 from privacy.identity import SigningIdentity, fingerprint, verify
 
@@ -39,6 +42,12 @@ _FIELDS = {
 }
 _RECEIPT = b"xinyi receipt 1"
 _CERTIFICATE = b"xinyi certificate 1"
+
+CLOCK_SKEW = timedelta(minutes=5)
+"""How far a party's clock may be ahead of the coordinator's."""
+
+DESTROYED = ("job keys", "encryption keys", "pads and masks", "noise shares", "alignment", "rows", "stored replies")
+"""What a vault erases at the end of a run. Its model stays: it is what the job was for."""
 
 EPSILON_COVERS = (
     "Epsilon protects the banks' records: adjacency zeroes out one enterprise's v and bank fields; that it takes part "
@@ -170,10 +179,7 @@ def body_of(
             "contract_hash": signed.contract.hash.hex(),
             "use": use,
             "finished": finished,
-            "announcements": {
-                name: {**asdict(announcement), "public": announcement.public.hex()}
-                for name, announcement in roster.announcements.items()
-            },
+            "announcements": _announced(roster.announcements),
             "facts": facts(roster, participants),
             "receipts": {name: dict(receipt) for name, receipt in receipts.items()},
             "heads": {name: dict(head) for name, head in heads.items()},
@@ -220,6 +226,8 @@ def read_body(data: bytes) -> Body:
         )
     if version != VERSION:
         raise Refused(f"a certificate of version {version}, this program reads {VERSION}; update it")
+    if plain["announcements"] != _announced(announcements):
+        raise Refused("the certificate's announcements lack a field or have another form")
     if canonical(plain["contract"]) != canonical(signed.model_dump(mode="json")):
         raise Refused("the certificate's contract is not in the form in which it was signed")
     signed.check_all()
@@ -249,6 +257,7 @@ def read_body(data: bytes) -> Body:
         ):
             raise Refused(f"the receipt of {name} is of another party, contract or run")
         check_receipt(receipts[name], contract.identity_of(name))
+        _check_terms(receipts[name], signed, stated, finished)
         if heads[name].party != name:
             raise Refused(f"the head of {name} is that of {heads[name].party}")
         verify_head(contract.identity_of(name), heads[name])
@@ -262,6 +271,36 @@ def read_body(data: bytes) -> Body:
         facts=stated,
         finished=finished,
     )
+
+
+def _check_terms(receipt: Mapping[str, Any], signed: SignedContract, stated: Mapping[str, Any], finished: str) -> None:
+    """A receipt says what a vault of this program says: all destroyed, nothing released that the contract lacks."""
+    contract, name = signed.contract, str(receipt["party"])
+    wrong = f"the receipt of {name}: "
+    if set(receipt) != {field.name for field in fields(Receipt)} | {"signature"}:
+        raise Refused(wrong + "fields are missing, or there are others")
+    if receipt["destroyed"] != list(DESTROYED):
+        raise Refused(wrong + f"not everything was destroyed; expected {', '.join(DESTROYED)}")
+    if not re.fullmatch("[0-9a-f]{64}", str(receipt["model"])):
+        raise Refused(wrong + "no digest of a model")
+    allowed = {f"{release.name} to {receiver}" for release in contract.releases for receiver in release.receivers}
+    counts = [receipt["messages"], receipt["bytes_in"], receipt["bytes_out"], *receipt["released"].values()]
+    if not set(receipt["released"]) <= allowed or not all(type(count) is int and count >= 1 for count in counts):
+        raise Refused(wrong + "releases that the contract does not list, or counts that cannot be")
+    spent, privacy = receipt["spent"], stated["privacy"]
+    if _is_bank(signed, name):
+        shown = math.inf if spent.get("epsilon") == "infinite" else spent.get("epsilon")
+        if set(spent) != {"data_set", "epsilon", "delta"} or type(shown) not in (int, float):
+            raise Refused(wrong + "a bank's ledger says epsilon and delta")
+        if privacy["epsilon"] is None and shown != math.inf:
+            raise Refused(wrong + "exact sums were released, its ledger must say infinite")
+        if spent["delta"] == privacy["delta"] and shown < privacy["epsilon"] * (1 - ROUNDING):
+            raise Refused(wrong + f"its ledger says epsilon {shown}, this run alone cost {privacy['epsilon']}")
+    elif set(spent) != {"data_set", "score_openings"}:
+        raise Refused(wrong + "an owner's ledger says score openings")
+    moment, end = utc_time(str(receipt["time"])), utc_time(finished)
+    if not contract.not_before <= moment <= end + CLOCK_SKEW:
+        raise Refused(wrong + f"written at {moment}, the contract begins {contract.not_before}, the run ended {end}")
 
 
 def sign_body(body: bytes, identity: SigningIdentity) -> str:
@@ -291,6 +330,10 @@ def check(certificate: Mapping[str, Any]) -> Body:
     for signer in sorted(signers):
         check_signature(data, body.signed.contract.identity_of(signer), signatures[signer], signer)
     return body
+
+
+def _announced(announcements: Mapping[str, Announcement]) -> dict[str, Any]:
+    return {name: {**asdict(told), "public": told.public.hex()} for name, told in announcements.items()}
 
 
 def _is_bank(signed: SignedContract, name: str) -> bool:

@@ -13,7 +13,7 @@ from fl_clients.data_cli import consent_app, data_app
 from fl_clients.institution import Secrets
 from fl_clients.job_cli import budget, job_app
 from fl_clients.people_cli import card, people_app, policy_app
-from fl_clients.serve_cli import name_data, serve_job
+from fl_clients.serve_cli import name_data, purge_models, serve_job
 from privacy import passphrase
 from privacy.errors import Refused
 from privacy.identity import SigningIdentity, fingerprint
@@ -36,6 +36,7 @@ app.command()(card)
 app.command()(budget)
 job_app.command("data")(name_data)
 job_app.command("serve")(serve_job)
+job_app.command("purge")(purge_models)
 
 
 @app.callback()

@@ -42,6 +42,14 @@ def _whole_second(moment: datetime) -> datetime:
     return moment.astimezone(UTC).replace(microsecond=0)
 
 
+def _printable(text: str) -> str:
+    """People approve what they read: no line breaks, no control or direction characters in any name or sentence."""
+    if not text.isprintable():
+        raise ValueError("holds a line break or a character that is not printable; write one plain line")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_printable), Field(min_length=1, max_length=1000)]
 Moment = Annotated[AwareDatetime, AfterValidator(_whole_second)]
 
 RELEASES: Mapping[ReleaseName, tuple[Receiver, ...]] = {
@@ -66,10 +74,10 @@ class _Frozen(BaseModel):
 class ColumnTerms(_Frozen):
     """A column that the job may use. `categories`: the public code list, for categorical columns of label holders."""
 
-    name: str = Field(min_length=1)
+    name: Text
     kind: Literal["numeric", "categorical"]
     special_codes: tuple[float, ...] = ()
-    categories: tuple[str, ...] = ()
+    categories: tuple[Annotated[str, AfterValidator(_printable)], ...] = ()
 
     @property
     def spec(self) -> ColumnSpec:
@@ -79,7 +87,7 @@ class ColumnTerms(_Frozen):
 class PartyTerms(_Frozen):
     """An institution in the job. `identity`: its Ed25519 public key (hex)."""
 
-    name: str = Field(min_length=1, max_length=64)
+    name: Annotated[str, AfterValidator(_printable), Field(min_length=1, max_length=64)]
     role: Role
     identity: str = Field(pattern="^[0-9a-f]{64}$")
     columns: tuple[ColumnTerms, ...]
@@ -104,7 +112,7 @@ class ModelTerms(_Frozen):
 class LabelTerms(_Frozen):
     """What 1 means, in words that every label holder must be able to check its own label against."""
 
-    definition: str = Field(min_length=1)
+    definition: Text
 
     @property
     def hash(self) -> str:
@@ -163,9 +171,9 @@ class Contract(_Frozen):
 
     version: Literal[2] = 2
     job: str = Field(pattern="^[0-9a-f]{32}$")
-    purpose: str = Field(min_length=1)
+    purpose: Text
     """As the consents say it: only enterprises that consented to this purpose take part."""
-    scenario: str = Field(min_length=1)
+    scenario: Text
     """Entry of the scenario catalogue that the columns are asked for."""
     label: LabelTerms
     simulation: bool

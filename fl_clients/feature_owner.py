@@ -144,7 +144,7 @@ class FeatureOwner:
         self._cells = {bank.name: self._place(bank.name, held_out=False) for bank in contract.banks}
         bins = self._tower.rows
         self._cross_tab = np.sum([scorecard.cross_tab(own, bins) for own in self._cells.values()], axis=0)
-        self._check_rows()
+        self._check_rows(request.participants)
         self._weights = np.zeros(bins, np.int64)
         self._step = np.zeros(bins, np.int64)
         letters = [session.letter(request, bank, {"bins": bins}) for bank in request.participants]
@@ -191,10 +191,10 @@ class FeatureOwner:
         self._aligned[bank] = AlignedRows(training=kept(before.training), held_out=kept(before.held_out))
         return not np.array_equal(self._aligned[bank].training, before.training)
 
-    def _check_rows(self) -> None:
+    def _check_rows(self, banks: Sequence[str]) -> None:
         """Too few aligned rows for the number of bins would let an owner solve for labels (PROTOCOL)."""
         used = int(np.count_nonzero(np.diagonal(self._cross_tab)))
-        known = sum(int((cells[:, 0] >= 0).sum()) for cells in self._cells.values())
+        known = sum(int((self._aligned[bank].training >= 0).sum()) for bank in banks)
         if not self._contract.simulation and known < LEAST_ROWS_PER_BIN * used:
             raise Refused(
                 f"fewer than {LEAST_ROWS_PER_BIN} aligned rows a used bin of {self._name}, which outside simulation "
@@ -228,6 +228,7 @@ class FeatureOwner:
         parameters = session.roster.aggregate_parameters
         self._pads.erase(step.name)
         self._forget_revoked(banks)
+        self._check_rows(banks)
         letters = []
         for bank in banks:
             design = self._designs[bank]

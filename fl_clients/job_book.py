@@ -139,6 +139,8 @@ class JobBook:
             known = self._known(contract)
             if known.state in (JobState.NOTIFIED, JobState.REFUSED):
                 raise Refused(f"job {contract.job} is {known.state} here, not authorised; a person must approve it")
+            if known.state in (JobState.COLLECTING, JobState.APPLYING):
+                raise Refused(f"run {known.uses} of job {contract.job} is not over; one at a time")
             check_valid(contract, now)
             if use > contract.uses:
                 raise Refused(

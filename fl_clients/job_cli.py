@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fl_clients import approval, at_home, plain_words
@@ -78,7 +79,7 @@ def list_jobs(home: HomeOption = None) -> None:
         signatures = f"{len(entry.signed.signatures)} of {len(contract.signers)}"
         expires = f"{contract.expires.astimezone(UTC):%Y-%m-%d %H:%M}"
         uses = f"{entry.uses} of {contract.uses}"
-        shown.add_row(contract.job[:8], entry.state, uses, epsilon, expires, signatures, contract.purpose)
+        shown.add_row(contract.job[:8], entry.state, uses, epsilon, expires, signatures, escape(contract.purpose))
     Console().print(shown)
 
 

@@ -5,28 +5,33 @@ held-out rows of a bank are chosen by a keyed hash of the enterprise, so they ar
 can tell which they are.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fl_clients import data_check, mapping, sources
-from fl_clients.approval import own_objections
+from fl_clients.approval import check_approved, own_objections
 from fl_clients.bank import Bank
 from fl_clients.checked_data import bank_data, consent_of, owner_data
 from fl_clients.consent import ConsentStore
 from fl_clients.feature_owner import FeatureOwner
 from fl_clients.institution import JOBS, Institution
-from fl_clients.job_book import JobEntry
+from fl_clients.job_book import JobEntry, JobState
 from fl_clients.rules import rules
 from fl_clients.vault import DataTerms, Vault
+from privacy.audit_format import Entry
 from privacy.errors import Refused
 from privacy.noise import KeyedForwardNoise, SystemNoise
 from privacy.private_file import private_folder, write_private
@@ -64,6 +69,8 @@ def bind(institution: Institution, job: str, binding: DataBinding) -> Path:
     """Keep which table a job uses; the table is loaded once, so that a mistake shows now."""
     entry = institution.jobs.get(job)
     _role(institution, entry, binding)
+    _check_name(institution, binding)
+    institution.log.append([Entry(kind="data", job=entry.contract.job, body=_logged(binding))])
     path = private_folder(institution.home / JOBS / entry.contract.job) / DATA
     write_private(path, tomli_w.dumps(binding.model_dump(mode="json", exclude_none=True)).encode())
     return path
@@ -79,6 +86,80 @@ def read_binding(institution: Institution, entry: JobEntry) -> DataBinding:
         raise Refused(f"job {short} has no table yet; name it with `xinyi-node job data {short}`") from None
     except (tomllib.TOMLDecodeError, ValidationError) as error:
         raise Refused(f"{path}: {str(error).splitlines()[0]}") from None
+
+
+def _logged(binding: DataBinding) -> dict[str, Any]:
+    """What the log says of a binding: names and hashes, no row."""
+    content = data_check.load_receipt(binding.receipt).content_hash
+    whole = hashlib.sha256(binding.model_dump_json().encode()).hexdigest()
+    shown = {"data_set": binding.data_set, "content": content, "binding": whole, "label": binding.label}
+    return shown | {"mapping": hashlib.sha256(str(binding.mapping).encode()).hexdigest()}
+
+
+def _check_name(institution: Institution, binding: DataBinding) -> None:
+    """One table, one name in the ledger: another name would give it a fresh budget."""
+    mine = _logged(binding)
+    for entry in institution.log.entries(kind="data"):
+        same = entry.body["content"] == mine["content"] or entry.body["mapping"] == mine["mapping"]
+        if same and entry.body["data_set"] != binding.data_set:
+            raise Refused(
+                f"this table is the data set {entry.body['data_set']!r} in the ledger since {entry.time}; it cannot be "
+                f"{binding.data_set!r} as well, or its budget would begin anew"
+            )
+
+
+def _check_binding(institution: Institution, entry: JobEntry, binding: DataBinding) -> None:
+    """The binding that the log has for the job, and no other: the file could be edited."""
+    logged = institution.log.entries(kind="data", job=entry.contract.job)
+    if not logged or logged[-1].body != _logged(binding):
+        raise Refused(
+            f"data.toml of job {entry.contract.job[:8]} is not what the audit log says; name the table again with "
+            f"`xinyi-node job data {entry.contract.job[:8]}`"
+        )
+
+
+@contextmanager
+def only_vault(institution: Institution, job: str) -> Iterator[None]:
+    """While this is open no other process has a vault for the job; a run that died before is ended in book and log."""
+    entry = institution.jobs.get(job)
+    folder = private_folder(institution.home / JOBS / entry.contract.job)
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refused(
+                f"another process has the vault of job {entry.contract.job[:8]} open; stop it first"
+            ) from None
+        if entry.state in (JobState.COLLECTING, JobState.APPLYING):
+            reason = "its process died; keys and rows were in memory only"
+            body = {"from": str(entry.state), "to": str(JobState.DESTROYED), "use": entry.uses}
+            institution.log.append(
+                [
+                    Entry(kind="destruction", job=entry.contract.job, body={"reason": reason, "use": entry.uses}),
+                    Entry(kind="state", job=entry.contract.job, body=body),
+                ]
+            )
+            institution.jobs.destroy(entry.contract, reason, institution.clock())
+        yield
+    finally:
+        os.close(lock)
+
+
+def purge(institution: Institution) -> tuple[Path, ...]:
+    """Erase the models whose contract's retention is over; logged before. Returns the files that are gone."""
+    gone = []
+    for entry in institution.jobs.all():
+        contract = entry.contract
+        if institution.clock() < contract.expires + timedelta(days=contract.retention_days):
+            continue
+        for path in sorted((institution.home / JOBS / contract.job).glob("model.*.json")):
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            body = {"reason": "retention is over", "model": digest}
+            institution.log.append([Entry(kind="destruction", job=contract.job, body=body)])
+            path.unlink()
+            gone.append(path)
+    return tuple(gone)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -103,8 +184,11 @@ def job_vault(institution: Institution, job: str) -> JobVault:
     entry = institution.jobs.get(job)
     entry.signed.check_all()
     binding = read_binding(institution, entry)
+    _check_binding(institution, entry, binding)
+    _check_name(institution, binding)
     in_force = rules(institution)
     policy = in_force.policy
+    check_approved(institution, in_force, entry)
     # a policy that was tightened after the approval holds as well; what was spent since, the ledger decides
     if found := own_objections(institution, in_force, entry.contract, 0.0):
         raise Refused(f"the policy in force has objections to job {entry.contract.job[:8]}: {found[0]}")
@@ -132,7 +216,11 @@ def _role(institution: Institution, entry: JobEntry, binding: DataBinding) -> Ba
         raise Refused(f"no consent register {binding.consents}; import the consents first")
     consent = consent_of(ConsentStore(binding.consents), contract.purpose, institution.clock)
     if binding.label is None:
-        noise = KeyedForwardNoise(os.urandom(KEY_BYTES))
+        # the same in every run of the contract: fresh noise in each could be averaged (PROTOCOL rule 2)
+        key = hashlib.blake2b(
+            b"forward noise" + contract.hash, key=institution.openings_key, digest_size=KEY_BYTES
+        ).digest()
+        noise = KeyedForwardNoise(key)
         return FeatureOwner(name=name, contract=contract, data=owner_data(table, consent), noise=noise)
     part = enterprise_keys(table.codes.tolist(), _held_out_key(institution.openings_key)) % _HELD_OUT_PARTS
     held_out = part < round(binding.held_out * _HELD_OUT_PARTS)

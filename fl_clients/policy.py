@@ -39,6 +39,8 @@ class Automatic(_Frozen):
 
     purposes: tuple[str, ...] = ()
     coordinators: tuple[Digest, ...] = ()
+    parties: tuple[Digest, ...] = ()
+    """Identity keys of the other parties: a job with any other is for people, or a coordinator could invent banks."""
     most_epsilon: float | None = Field(default=None, gt=0, le=MOST_EPSILON)
 
 
@@ -60,6 +62,8 @@ class Policy(_Frozen):
     least_banks: int = Field(default=3, ge=1)
     least_cell: int = Field(default=20, ge=1)
     """Least rows of a category before it is merged (the contract's least_count)."""
+    least_colluding_banks: int = Field(default=1, ge=0)
+    """Banks that may subtract their own noise shares without weakening the rest."""
     least_forward_noise: float = Field(default=1.0, ge=0)
     most_epsilon_job: Epsilon | Literal["none"] = 1.0
     """All uses of one job together, at `delta`; "none": no limit, in a simulation only."""
@@ -153,6 +157,7 @@ def is_automatic(policy: Policy, contract: Contract, party: str, spent_epsilon: 
     return (
         contract.purpose in rules.purposes
         and contract.coordinator_identity in rules.coordinators
+        and {other.identity for other in contract.parties if other.name != party} <= set(rules.parties)
         and asked_epsilon(policy, contract) <= rules.most_epsilon
         and not objections(policy, contract, party, spent_epsilon)
     )
@@ -232,6 +237,7 @@ def _about_numbers(policy: Policy, contract: Contract) -> list[Objection]:
         ("banks in the job", len(contract.banks), policy.least_banks),
         ("banks needed to go on (least_banks)", contract.least_banks, policy.least_banks),
         ("least cell (least_count)", contract.model.least_count, policy.least_cell),
+        ("colluding banks", contract.colluding(len(contract.banks)), policy.least_colluding_banks),
         ("forward noise", contract.model.forward_noise, policy.least_forward_noise),
     )
     ceilings = (

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from fl_clients import at_home, job_vault
 from fl_clients.at_home import HomeOption, say
 from fl_clients.job_vault import DataBinding
 from fl_clients.vault_service import serve
+from privacy.errors import Refused
 
 JobArgument = Annotated[str, typer.Argument(help="Number of the job, or an unambiguous beginning of it.")]
 
@@ -51,18 +53,35 @@ def serve_job(
 
     Example: xinyi-node job serve 5f0c --socket /run/xinyi/bank1.sock
     """
-    with at_home.one_line(), at_home.at_home(home) as institution:
+    with at_home.one_line(), at_home.at_home(home) as institution, ExitStack() as locked:
+        locked.enter_context(job_vault.only_vault(institution, job))
         vault = job_vault.job_vault(institution, job)
         stop = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
+        if socket.exists() and not socket.is_socket():
+            raise Refused(f"{socket} is a file; name a socket that this vault may replace")
         socket.unlink(missing_ok=True)
         with serve(institution.name, vault.handle, socket):
             say(f"{institution.name} answers for job {job} on {socket}")
-            while not stop.wait(0.2) and not vault.vault.is_certified:
+            expires = vault.vault.contract.expires
+            while not stop.wait(0.2) and not vault.vault.is_certified and institution.clock() < expires:
                 pass
+        vault.vault.stop("the contract expired" if institution.clock() >= expires else "the vault was stopped")
         socket.unlink(missing_ok=True)
     if vault.vault.is_closed:
         say(f"run {vault.vault.use} is closed; model: {vault.folder / f'model.{vault.vault.use}.json'}")
     else:
         say("stopped before the end of the run; what was reserved in the ledger stays spent")
+
+
+def purge_models(home: HomeOption = None) -> None:
+    """Erase the models of jobs whose retention is over; each is logged.
+
+    Example: xinyi-node job purge
+    """
+    with at_home.one_line(), at_home.at_home(home) as institution:
+        gone = job_vault.purge(institution)
+    for path in gone:
+        say(f"erased {path}")
+    say(f"{len(gone)} models erased")

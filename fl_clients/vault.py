@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fl_clients import certificate
-from fl_clients.certificate import Receipt
+from fl_clients.certificate import DESTROYED, Receipt
 from fl_clients.contract import SignedContract
 from fl_clients.institution import Institution
 from fl_clients.job_book import JobState, check_valid
@@ -570,10 +570,6 @@ def _loggable(text: str) -> str:
     except Refused:
         return f"not shown, SHA-256 {hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()}"
     return shown
-
-
-DESTROYED = ("job keys", "encryption keys", "pads and masks", "noise shares", "alignment", "rows", "stored replies")
-"""What a vault erases at the end of a run. Its model stays: it is what the job was for."""
 
 
 def _number(epsilon: float) -> float | str:

@@ -6,8 +6,10 @@ A whole run takes milliseconds, so tests can kill, fill disks and turn clocks at
 import hashlib
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,14 @@ import msgpack
 
 from fl_clients.contract import COORDINATOR, Contract, PrivacyTerms, SignedContract
 from fl_clients.institution import Clock, Institution, open_institution, system_clock
-from fl_clients.protocol import Audience, Request, Step, StepKind, encode_request, schedule
+from fl_clients.protocol import Audience, Request, Step, StepKind, encode_request, ends_stage, schedule
 from fl_clients.roster import Announcement, Roster
 from fl_clients.vault import DataTerms, Openings, Outgoing, Vault
 from models.scorecard import ScorecardSettings
+from privacy.audit_format import sign_head, utc_text
 from privacy.charges import Budget
 from privacy.identity import SigningIdentity
+from privacy.merkle import MerkleTree
 from simulations.job import admit, make_parties
 from tests.small_federation import small_federation
 
@@ -187,10 +191,63 @@ def steps(contract: Contract) -> Iterator[tuple[str, Step]]:
                     yield name, item.step
 
 
-def request(template: Template, step: str, *, signed: SignedContract | None = None, **fields: Any) -> bytes:
-    """What the coordinator sends."""
+@lru_cache(maxsize=4096)
+def _log_of(party: str, size: int) -> MerkleTree:
+    """The log of a party that is not driven: the same for ever, and it only grows."""
+    tree = MerkleTree()
+    for number in range(size):
+        tree.append(hashlib.sha256(f"{party} {number}".encode()).digest())
+    return tree
+
+
+_BEGINS: dict[bytes, int] = {}
+"""Contract -> entries that the others' logs had when its job began: later jobs find longer logs."""
+
+
+def heads_for(template: Template, contract: Contract, to: str, step: str) -> tuple[dict[str, Any], ...]:
+    """What the coordinator passes on to `to` with this step: a head of every other party for each stage that ended."""
+    begins = _BEGINS.setdefault(contract.hash, 100 * len(_BEGINS))
+    own_side = "banks" if contract.party(to).role == "bank" else "owners"
+    ended: Counter[str] = Counter()
+    before: Counter[str] | None = None
+    for item in (item for exchange in schedule(contract) for item in exchange):
+        if item.step.name == step:
+            break
+        if item.audience in (own_side, "all"):
+            before = ended.copy()
+        if ends_stage(item.step):
+            ended.update(["banks", "owners"] if item.audience == "all" else [item.audience])
+    heads = []
+    for party in contract.parties:
+        side = "banks" if party.role == "bank" else "owners"
+        if party.name == to or before is None:
+            continue
+        for number in range(before[side] + 1, ended[side] + 1):
+            size, first = begins + number, begins + number - 1 if number > 1 else 0
+            tree = _log_of(party.name, size)
+            head = sign_head(
+                template.identities[party.name],
+                party=party.name,
+                size=size,
+                root=tree.root(),
+                time=utc_text(contract.not_before),
+            )
+            proof = [item.hex() for item in tree.consistency(first, size)] if first else []
+            heads.append({"head": head.to_json(), "first": first, "proof": proof, "countersigned": {}})
+    return tuple(heads)
+
+
+def limits(institution: Institution) -> str:
+    """Why job book or ledger refused, as the institution's own log has it: the coordinator is not told."""
+    found = [entry.body["limits"] for entry in institution.log.entries(kind="refusal") if "limits" in entry.body]
+    return str(found[-1]) if found else ""
+
+
+def request(template: Template, to: str, step: str, *, signed: SignedContract | None = None, **fields: Any) -> bytes:
+    """What the coordinator sends to `to`."""
     contract = (signed or template.signed).contract
     fields.setdefault("attempt", 0)
+    fields.setdefault("heads", heads_for(template, contract, to, step))
     fields.setdefault("participants", tuple(bank.name for bank in contract.banks))
     return encode_request(Request(job=contract.hash, step=step, **fields), template.coordinator)
 

@@ -23,11 +23,11 @@ from fl_clients.feature_owner import FeatureOwner
 from fl_clients.protocol import Letter, Request, Step, decode_reply, decode_request, encode_request, schedule
 from fl_clients.session import Session
 from fl_server.coordinator import Coordinator, Outcome
+from fl_server.memory_grid import MemoryGrid
 from models.scorecard import ScorecardSettings
 from privacy import blind_aggregate, blind_sum, secure_sum
 from simulations.federation_folder import BankTable, BaselineSettings, Column, Federation, OwnerTable
 from simulations.job import Parties, make_parties, noise_totals
-from fl_server.memory_grid import MemoryGrid
 from simulations.run import pool
 from simulations.twin import TwinResult, run_twin
 

@@ -11,6 +11,7 @@ from fl_clients.contract import COORDINATOR, Contract, SignedContract
 from fl_clients.decision import Decision, Verdict, decide
 from fl_clients.job_book import JobState
 from fl_clients.policy import Automatic
+from privacy.audit_format import Entry
 from privacy.audit_log import AuditFailed
 from privacy.charges import Budget, ZcdpCharge
 from privacy.errors import Refused
@@ -262,13 +263,47 @@ def test_without_the_log_nothing_is_received_approved_or_refused(house: House, m
     with monkeypatch.context() as patch:
         patch.setattr(log, "append", full)
         refused_and_unchanged(house, contract, decided(house, contract), "disk full")
-        with pytest.raises(AuditFailed):
-            approval.refuse(house.institution, house.rules, decided(house, contract, "refuse"))
         other = offered(COORDINATOR_KEY, contract_for(house, job="60" * 16))
         with pytest.raises(AuditFailed):
             approval.receive(house.institution, house.rules, other, 0.0)
     assert [entry.contract.job for entry in house.institution.jobs.all()] == [contract.job]
     assert house.institution.jobs.get(contract.job).state is JobState.NOTIFIED
+
+
+def test_a_refusal_holds_although_the_log_cannot_be_written(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other way round a crash between log and book would leave a refused job that may run."""
+    contract = received(house)
+
+    def full(entries: object) -> None:
+        raise AuditFailed("disk full")
+
+    monkeypatch.setattr(house.institution.log, "append", full)
+    with pytest.raises(AuditFailed):
+        approval.refuse(house.institution, house.rules, decided(house, contract, "refuse"))
+    assert house.institution.jobs.get(contract.job).state is JobState.REFUSED
+
+
+def test_a_state_in_the_job_book_is_no_approval(house: House) -> None:
+    """Whoever holds the identity and the files, but no approver's key, opens no vault."""
+    contract = received(house)
+    signed = house.institution.jobs.get(contract.job).signed.signed("bank1", house.institution.identity)
+    house.institution.jobs.authorise(signed, house.institution.clock())
+    with pytest.raises(Refused, match="no approval"):
+        approval.check_approved(house.institution, house.rules, house.institution.jobs.get(contract.job))
+
+
+def test_an_approval_in_the_log_opens_the_vault_until_it_is_refused(house: House) -> None:
+    contract = received(house)
+    approval.approve(house.institution, house.rules, decided(house, contract), 0.0)
+    entry = house.institution.jobs.get(contract.job)
+    approval.check_approved(house.institution, house.rules, entry)
+    run = {"from": "authorised", "to": "collecting", "use": 1}
+    house.institution.log.append([Entry(kind="state", job=contract.job, body=run)])
+    with pytest.raises(Refused, match="the book was put back"):
+        approval.check_approved(house.institution, house.rules, entry)
+    approval.refuse(house.institution, house.rules, decided(house, contract, "refuse"))
+    with pytest.raises(Refused, match="a refusal"):
+        approval.check_approved(house.institution, house.rules, house.institution.jobs.get(contract.job))
 
 
 def test_a_crash_between_log_and_job_book_leaves_the_job_unapproved_and_approvable(
@@ -293,7 +328,9 @@ def test_a_crash_between_log_and_job_book_leaves_the_job_unapproved_and_approvab
 
 
 def test_the_policy_approves_by_itself_what_its_rule_covers_and_nothing_else(house: House) -> None:
-    rule = Automatic(purposes=("risk model",), coordinators=(COORDINATOR_KEY.public.hex(),), most_epsilon=3.0)
+    parties = tuple(party.identity for party in contract_for(house).parties if party.name != "bank1")
+    keys = (COORDINATOR_KEY.public.hex(),)
+    rule = Automatic(purposes=("risk model",), coordinators=keys, parties=parties, most_epsilon=3.0)
     policy = POLICY.model_copy(update={"automatic": rule})
     in_force.set_policy(house.institution, policy, "Wang Wei", house.keys["Wang Wei"])
     contract = contract_for(house)

@@ -68,7 +68,9 @@ def test_the_same_job_again_is_refused_by_coordinator_and_vaults(
     assert "its contract allows 1" in run(folder, homes, job, expect=2)
     # a coordinator that forgets its runs meets the vaults' own count
     shutil.rmtree(folder / "home-coordinator" / "jobs" / job / "runs")
-    assert "was begun here already" in run(folder, homes, job, expect=2)
+    said = run(folder, homes, job, expect=2)
+    assert "the limits of bank1 do not allow this run" in said, "the coordinator is not told more"
+    assert "was begun here already" in (homes["bank1"] / "audit" / "log.jsonl").read_text(encoding="utf-8")
 
 
 def test_a_second_job_beyond_the_budget_is_refused_before_anybody_signs(

@@ -187,14 +187,17 @@ def forged(house: House, kind: str, signer: SigningIdentity, **changes: Any) -> 
     return body | {"signature": signer.sign(b"xinyi change 1", data).hex()}
 
 
-def test_a_change_in_the_log_without_an_admins_signature_stops_everything(house: House) -> None:
-    """Whoever has the institution's identity can append, and still changes nothing."""
+def test_a_change_in_the_log_without_an_admins_signature_does_not_count(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever has the institution's identity can append, and still changes nothing, nor closes the institution."""
+    before = house.rules.policy
     previous = in_force._history(house.institution).last("policy")
     loose = POLICY.model_copy(update={"most_level": 4}).model_dump(mode="json")
     body = forged(house, "policy", house.keys["Li Na"], content=loose, previous=previous)
     house.institution.log.append([Entry(kind="policy", job=None, body=body)])
-    with pytest.raises(Refused, match="changes policy, but"):
-        _ = house.rules
+    assert house.rules.policy == before != POLICY.model_copy(update={"most_level": 4})
+    assert "changes policy, but" in caplog.text
 
 
 def test_the_same_forgery_by_the_admin_would_have_counted(house: House) -> None:

@@ -169,7 +169,12 @@ def test_a_column_outside_the_schema_needs_a_level() -> None:
         objections(POLICY, odd, "stranger", 0.0)
 
 
-AUTOMATIC = Automatic(purposes=("risk model",), coordinators=(COORDINATOR.public.hex(),), most_epsilon=3.0)
+AUTOMATIC = Automatic(
+    purposes=("risk model",),
+    coordinators=(COORDINATOR.public.hex(),),
+    parties=tuple(party.identity for party in contract().parties if party.name != "bank1"),
+    most_epsilon=3.0,
+)
 
 
 def test_automatic_approval_needs_purpose_coordinator_epsilon_and_no_objection() -> None:
@@ -180,6 +185,8 @@ def test_automatic_approval_needs_purpose_coordinator_epsilon_and_no_objection()
     assert not is_automatic(policy, contract(privacy={"epsilon": 3.1}), "bank1", 0.0)
     assert not is_automatic(policy, contract(uses=2), "bank1", 0.0), "two uses cost more than the rule allows"
     assert not is_automatic(policy, contract(), "bank1", 5.5)
+    stranger = AUTOMATIC.model_copy(update={"parties": AUTOMATIC.parties[1:]})
+    assert not is_automatic(with_(automatic=stranger.model_dump()), contract(), "bank1", 0.0), "an invented bank"
     other = with_(purposes=("risk model", "marketing"), automatic=AUTOMATIC.model_dump())
     assert not is_automatic(other, contract(purpose="marketing"), "bank1", 0.0)
 

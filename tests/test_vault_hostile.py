@@ -35,6 +35,7 @@ from tests.scripted_vault import (
     Driven,
     Template,
     altered,
+    limits,
     make_template,
     open_vault,
     refused,
@@ -44,6 +45,7 @@ from tests.scripted_vault import (
 )
 from tests.small_federation import Call, resigned, run_tapped, run_until, small_federation, small_parties
 
+LIMITS = "the limits of {} do not allow this run"
 FEDERATION = small_federation(banks=2, owners=1, enterprises=300)
 
 
@@ -66,7 +68,7 @@ def run(template: Template, driven: dict[str, Driven], **fields: Any) -> dict[st
     refusals = {}
     signed = next(iter(driven.values())).vault._signed
     for name, step in steps(signed.contract):
-        reason = refused(driven[name].vault.handle(request(template, step.name, signed=signed, **fields)))
+        reason = refused(driven[name].vault.handle(request(template, name, step.name, signed=signed, **fields)))
         if reason is not None:
             refusals[f"{name}:{step.name}"] = reason
     return refusals
@@ -97,8 +99,8 @@ def test_replays_are_answered_from_store_and_reordered_or_dropped_steps_are_refu
     answered: list[tuple[bytes, bytes]] = []
     for place, step in enumerate(own):
         for early in [*own[place + 1 :], *(other for other in everything if other not in own), "certify"]:
-            assert "out of order" in str(refused(driven.vault.handle(request(template, early)))), (step, early)
-        asked = request(template, step)
+            assert "out of order" in str(refused(driven.vault.handle(request(template, name, early)))), (step, early)
+        asked = request(template, name, step)
         reply = driven.vault.handle(asked)
         assert refused(reply) is None, step
         answered.append((asked, reply))
@@ -107,15 +109,15 @@ def test_replays_are_answered_from_store_and_reordered_or_dropped_steps_are_refu
         for before, stored in answered:
             assert driven.vault.handle(before) == stored, "not one fresh bit for a replay"
     assert driven.role.performed == own, "each step was performed once"
-    for before in own[:-1]:
-        assert refused(driven.vault.handle(request(template, before))) is not None, "after the end nothing"
+    for earlier in own[:-1]:
+        assert refused(driven.vault.handle(request(template, name, earlier))) is not None, "after the end nothing"
     assert driven.role.performed == own
 
 
 def test_a_request_that_names_columns_is_no_request(template: Template, homes: dict[str, Path]) -> None:
     """Columns stand in the contract and nowhere else: the coordinator cannot even ask for another."""
     driven = opened(template, homes)[BANK]
-    good = request(template, "join")
+    good = request(template, BANK, "join")
     plain = msgpack.unpackb(msgpack.unpackb(good)[1]) | {"columns": ["tax_number"]}
     asked = object.__new__(Request)
     for field, value in {**vars(decode_request(good, template.contract)), "columns": ["tax_number"]}.items():
@@ -277,7 +279,8 @@ def test_the_same_job_is_not_run_twice(template: Template, homes: dict[str, Path
     for use, words in ((1, "was begun here already"), (2, "its contract allows 1"), (99, "its contract allows 1")):
         driven = opened(template, homes)
         refusals = run(template, driven, use=use)
-        assert all(words in refusals[f"{name}:join"] for name in driven), refusals
+        assert all(LIMITS.format(name) in refusals[f"{name}:join"] for name in driven), refusals
+        assert all(words in limits(party.institution) for party in driven.values())
         assert all(party.role.performed == [] for party in driven.values())
 
 
@@ -299,10 +302,13 @@ def test_a_second_job_over_the_same_data_is_charged_in_full_and_refused_when_the
     assert once == pytest.approx(EPSILON, rel=1e-3)
     # the narrow owner has no room for a second job
     second = another_job(template, homes)
-    refusals = run(template, opened(template, homes, signed=second))
-    assert "would have spent" in refusals[f"{BANK}:roster"]
+    driven = opened(template, homes, signed=second)
+    refusals = run(template, driven)
+    assert LIMITS.format(BANK) in refusals[f"{BANK}:roster"], "how much is left is not told"
+    assert "would have spent" in limits(driven[BANK].institution)
     assert f"{BANK}:join" not in refusals
-    assert "more than 3 times" in refusals[f"{OWNER}:score"], "two openings a job, three were allowed in all"
+    assert f"{OWNER}:score" in refusals
+    assert "more than 3 times" in limits(driven[OWNER].institution), "two openings a job, three were allowed in all"
     assert spent() == once
     # the wide one pays for all of it: two jobs of rho each
     wider = replace(wide, most_openings=5)
@@ -310,9 +316,12 @@ def test_a_second_job_over_the_same_data_is_charged_in_full_and_refused_when_the
     assert set(run(template, opened(template, homes, signed=third, data=wider))) <= {f"{OWNER}:close"}
     assert 1.35 * once < spent() < 2 * once
     fourth = another_job(template, homes)
-    refusals = run(template, opened(template, homes, signed=fourth, data=wider))
-    assert "would have spent" in refusals[f"{BANK}:roster"]
-    assert "more than 5 times" in refusals[f"{OWNER}:r1.direction"], "1 + 2 + 2 were opened"
+    driven = opened(template, homes, signed=fourth, data=wider)
+    refusals = run(template, driven)
+    assert f"{BANK}:roster" in refusals
+    assert "would have spent" in limits(driven[BANK].institution)
+    assert f"{OWNER}:r1.direction" in refusals
+    assert "more than 5 times" in limits(driven[OWNER].institution), "2 + 1 + 2 were opened"
 
 
 def test_a_contract_with_more_epsilon_than_the_owner_gives_is_refused_though_all_signed(
@@ -321,7 +330,8 @@ def test_a_contract_with_more_epsilon_than_the_owner_gives_is_refused_though_all
     signed = another_job(template, homes, privacy={**template.contract.privacy.model_dump(), "epsilon": 2 * EPSILON})
     driven = opened(template, homes, signed=signed)
     refusals = run(template, driven)
-    assert "would have spent" in refusals[f"{BANK}:roster"]
+    assert f"{BANK}:roster" in refusals
+    assert "would have spent" in limits(driven[BANK].institution)
     assert driven[BANK].role.destroyed == 1
     assert not any(step.startswith("bins") for step in driven[BANK].role.performed)
 
@@ -365,7 +375,7 @@ def test_one_customer_less_in_a_whole_federation() -> None:
         asked.append(decode_request(data, contract).step)
         return call(data)
 
-    with pytest.raises(JobStoppedError, match=r"bank1 refused step roster.*would have spent"):
+    with pytest.raises(JobStoppedError, match=r"bank1 refused step roster.*limits of bank1"):
         run_tapped(second, tap)
     assert set(asked) == {"join", "roster"}, "not one sum was asked for"
 
@@ -487,5 +497,5 @@ def test_two_histories_of_one_log_are_noticed_and_name_the_party(kept_up: bool) 
         assert "refused step certify" in line, line
         assert "the head of pboc in the certificate is not the last one that bank2 saw" in line, line
     else:
-        assert "the audit log of pboc" in line, line
-        assert "does not continue the one it showed before" in line, line
+        assert "no proof came that the audit log of pboc" in line, line
+        assert "pboc rewrote its history" in line, line

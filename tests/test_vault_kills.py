@@ -16,11 +16,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import msgpack
 import pytest
 
 from fl_clients import auditor
 from fl_clients.institution import AUDIT, open_institution
+from fl_clients.job_vault import only_vault
 from fl_clients.protocol import decode_request
 from fl_clients.roster import Roster
 from simulations.job import admit
@@ -28,12 +28,12 @@ from tests.scripted_vault import (
     BANK,
     DATA_SET,
     EPSILON,
-    OWNER,
     Template,
     altered,
     body,
     check_after,
     digest,
+    limits,
     make_template,
     open_vault,
     refused,
@@ -43,7 +43,7 @@ from tests.scripted_vault import (
 )
 from tests.small_federation import Call, run_tapped, small_federation, small_parties
 
-RANDOM_KILLS = 60
+RANDOM_KILLS = 40
 FEDERATION_KILLS = 6
 LEAST_KILLS = 200
 
@@ -96,9 +96,14 @@ class WritePoints:
             )
             return written
 
-        os.write = write
-        os.fdatasync = lambda descriptor: points.around(lambda: _SYNC(descriptor))
-        sqlite3.connect = lambda *args, **options: _CONNECT(*args, factory=Connection, **options)  # type: ignore[assignment,misc]
+        os.write = write  # type: ignore[assignment]
+        os.fdatasync = lambda descriptor: points.around(lambda: _SYNC(descriptor))  # type: ignore[assignment]
+        sqlite3.connect = lambda *args, **options: _CONNECT(*args, factory=Connection, **options)  # type: ignore[assignment]
+
+
+def tell_through(pipe: int, told: dict[str, Any]) -> None:
+    """One line to the parent, past the counted `os.write`."""
+    _WRITE(pipe, json.dumps(told).encode() + b"\n")
 
 
 def in_child(work: Callable[[Callable[[dict[str, Any]], None]], None], kill_after_s: float | None = None) -> Any:
@@ -109,7 +114,7 @@ def in_child(work: Callable[[Callable[[dict[str, Any]], None]], None], kill_afte
         code = 1
         try:
             os.close(reading)
-            work(lambda told: None if _WRITE(writing, json.dumps(told).encode() + b"\n") else None)
+            work(lambda told: tell_through(writing, told))
             code = 0
         finally:
             os._exit(code)
@@ -127,19 +132,14 @@ def in_child(work: Callable[[Callable[[dict[str, Any]], None]], None], kill_afte
 
 
 def run_of(template: Template, homes: dict[str, Path], points: WritePoints) -> Callable[..., None]:
-    """The whole run of a bank and an owner; heads go round as the coordinator passes them on."""
+    """The whole run of a bank and an owner."""
 
     def work(tell: Callable[[dict[str, Any]], None]) -> None:
         points.install()
         driven = {name: open_vault(template, home, name) for name, home in homes.items()}
-        unseen: dict[str, list[Any]] = {name: [] for name in driven}
         for name, step in steps(template.contract):
-            heads, unseen[name] = tuple(unseen[name]), []
-            reply = driven[name].vault.handle(request(template, step.name, heads=heads))
+            reply = driven[name].vault.handle(request(template, name, step.name))
             tell({"party": name, "step": step.name, "reply": digest(reply), "refused": body(reply)["refused"]})
-            head = msgpack.unpackb(reply)[3]
-            if head is not None:
-                unseen[OWNER if name == BANK else BANK].append(head)
         tell({"points": points.passed})
 
     return work
@@ -153,31 +153,40 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Template:
 def check_killed(template: Template, homes: dict[str, Path], told: list[dict[str, Any]]) -> None:
     """After a kill: the books, then a restart that a malicious coordinator would like to use for a second look."""
     assert all(line["refused"] is None for line in told if "party" in line)
-    report = auditor.verify([home / AUDIT for home in homes.values()])
-    assert [f for f in report.findings if "recovered" not in f.text and "never finished" not in f.text] == []
+    job = template.contract.job
     for name, home in homes.items():
         sent = {line["step"]: line["reply"] for line in told if line.get("party") == name}
+        # alone: the heads of the others come from the script, not from these homes
+        assert auditor.verify([home / AUDIT]).findings == ()
         check_after(template, home, name, sent)
-        driven = open_vault(template, home, name)
-        uses = driven.institution.jobs.get(template.contract.job).uses
-        reserved = {u.use for u in driven.institution.ledger.spent(DATA_SET, template.data.budget.delta).uses}
-        again = refused(driven.vault.handle(request(template, "join", use=1)))
-        driven.institution.close()
-        assert (again is not None) == (uses >= 1), (name, again)
+        institution = open_institution(home)
+        uses = institution.jobs.get(job).uses
+        reserved = institution.ledger.spent(DATA_SET, template.data.budget.delta).uses
         assert bool(sent) <= (uses >= 1)
-        assert reserved <= {1}
-        if name != BANK:
-            continue
-        # the next use is another run: it pays again, and the data set has no room for it once the first had reserved
-        driven = open_vault(template, home, name)
-        assert refused(driven.vault.handle(request(template, "join", use=2))) is None
-        second = refused(driven.vault.handle(request(template, "roster", use=2)))
-        assert (second is not None) == bool(reserved), second
-        assert not reserved or "would have spent" in str(second)
-        driven.institution.close()
-        driven = open_vault(template, home, name)
-        assert "its contract allows 2" in str(refused(driven.vault.handle(request(template, "join", use=3))))
-        driven.institution.close()
+        assert {use.use for use in reserved} <= {1}
+        with only_vault(institution, job):  # as the node does at its start: what died is ended in book and log
+            pass
+        institution.close()
+
+        def ask(step: str, use: int, name: str = name, home: Path = home) -> str | None:
+            driven = open_vault(template, home, name)
+            if step != "join":
+                assert refused(driven.vault.handle(request(template, name, "join", use=use))) is None
+            reason = refused(driven.vault.handle(request(template, name, step, use=use)))
+            if reason is not None:
+                reason = limits(driven.institution)
+            driven.vault.stop("the test goes on")
+            driven.institution.close()
+            return reason
+
+        if uses:
+            assert "was begun here already" in str(ask("join", 1))
+        if name == BANK:
+            # another run pays again, and the data set has no room for it once the first had reserved
+            second = ask("roster", 2)
+            assert (second is not None) == bool(reserved), second
+            assert second is None or "would have spent" in second
+            assert "its contract allows 2" in str(ask("join", 3))
 
 
 def test_every_write_point_survives_a_kill_and_so_do_random_moments(template: Template, tmp_path: Path) -> None:
@@ -188,10 +197,10 @@ def test_every_write_point_survives_a_kill_and_so_do_random_moments(template: Te
     takes_s = time.monotonic() - started
     assert not killed
     points = told[-1]["points"]
-    assert points > 100
+    assert points >= 90, "writes of log, ledger and job book in one run"
     assert len(told) == 1 + len(list(steps(template.contract)))
     for victim in range(1, points + 1):
-        for how in ("before", "half", "after")[victim % 2 :: 2] if victim % 3 else ("half", "after"):
+        for how in (("before", "half"), ("half", "after"), ("after", "before"))[victim % 3]:
             homes = template.copy(tmp_path / f"{victim}-{how}")
             told, killed = in_child(run_of(template, homes, WritePoints(victim, how)))
             assert killed, (victim, how)
@@ -214,7 +223,7 @@ def test_a_whole_federation_with_real_cryptography_is_killed_at_random_writes(tm
     for number in range(FEDERATION_KILLS):
         folder = tmp_path / str(number)
         folder.mkdir()
-        victim = rng.randrange(60, 330)
+        victim = rng.randrange(40, 150)
 
         def work(tell: Callable[[dict[str, Any]], None], folder: Path = folder, victim: int = victim) -> None:
             tempfile.tempdir = str(folder)
@@ -278,11 +287,11 @@ def test_two_processes_race_for_the_last_epsilon_and_exactly_one_gets_it(templat
                 code = 1
                 try:
                     driven = open_vault(template, homes[BANK], BANK, signed=signed)
-                    joined = driven.vault.handle(request(template, "join", signed=signed))
+                    joined = driven.vault.handle(request(template, BANK, "join", signed=signed))
                     assert refused(joined) is None
                     _WRITE(writing, b"r")
                     os.read(gate_reading, 1)
-                    reply = driven.vault.handle(request(template, "roster", signed=signed))
+                    reply = driven.vault.handle(request(template, BANK, "roster", signed=signed))
                     _WRITE(writing, (refused(reply) or "").encode()[:4000])
                     code = 0
                 finally:
@@ -301,8 +310,9 @@ def test_two_processes_race_for_the_last_epsilon_and_exactly_one_gets_it(templat
         os.close(gate_reading)
         os.close(gate_writing)
         assert sorted(bool(reason) for reason in reasons) == [False, True], reasons
-        assert "would have spent" in "".join(reasons)
+        assert "the limits of bank1" in "".join(reasons)
         institution = open_institution(homes[BANK])
+        assert "would have spent" in limits(institution)
         spent = institution.ledger.spent(DATA_SET, template.data.budget.delta)
         assert len(spent.uses) == 1
         assert spent.epsilon <= EPSILON
