@@ -114,8 +114,8 @@ def test_a_plan_keeps_its_promise_and_wastes_little(epsilon: float) -> None:
     # composed here from the standard deviations alone, by the formula and a search over all orders
     rho = sum(r.count * (r.l2_sensitivity / plan.stds[r.name]) ** 2 / 2 for r in RELEASES if r.group == "train")
     assert math.isclose(converted(rho, DELTA), epsilon, rel_tol=1e-3)
-    assert epsilon_of(plan.events("train"), DELTA) <= epsilon
-    assert epsilon_of(plan.events("held-out"), DELTA) <= epsilon
+    assert epsilon_of(plan.events("train", {}), DELTA) <= epsilon
+    assert epsilon_of(plan.events("held-out", {}), DELTA) <= epsilon
     assert epsilon * (1 - 1e-6) <= epsilon_after(plan, {}) <= epsilon
     assert math.isclose(plan.job_rho, plan.rho_total, rel_tol=1e-6)
     assert plan.job_rho <= plan.rho_total
@@ -179,7 +179,7 @@ def test_no_plan_passes_its_promise(epsilon: float, weights: list[float], counts
         for i, weight in enumerate(weights)
     ]
     plan = plan_job(epsilon, DELTA, releases)
-    assert epsilon * (1 - 1e-5) <= epsilon_of(plan.events("train"), DELTA) <= epsilon
+    assert epsilon * (1 - 1e-5) <= epsilon_of(plan.events("train", {}), DELTA) <= epsilon
 
 
 def test_a_plan_with_less_noise_is_noticed() -> None:
