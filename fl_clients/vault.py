@@ -43,6 +43,10 @@ class VaultFailedError(Exception):
     """A step failed inside the vault; says the kind of error and nothing else. The party counts as dead."""
 
 
+class NotSavedError(VaultFailedError):
+    """The state after a step could not be written to disk: no reply leaves. Asking again tries to write again."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outgoing:
     """What a step lets out, before signing."""
@@ -63,6 +67,27 @@ class PartyRole(Protocol):
     def destroy(self) -> None: ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class VaultState:
+    """Where a vault stands, without its role: what a restart needs."""
+
+    done: tuple[int, int, int]
+    """Exchange, place in it, attempt."""
+    participants: tuple[str, ...]
+    stopped: str | None
+    stored: dict[tuple[str, int], tuple[bytes, bytes]]
+
+
+class StepBook(Protocol):
+    """Where a vault writes before it acts and before it answers (`recovery`). Raises `Refused`."""
+
+    def begin(self, step: str, attempt: int, digest: bytes) -> None: ...
+
+    def done(self, state: VaultState, role: PartyRole, key: tuple[str, int]) -> None: ...
+
+    def close(self, state: VaultState, role: PartyRole) -> None: ...
+
+
 @dataclass(frozen=True)
 class _Position:
     """The last step that was done: exchange and place in it (of this party's own schedule), and its attempt."""
@@ -75,7 +100,17 @@ class _Position:
 class Vault:
     """One institution's vault for one job."""
 
-    def __init__(self, *, party: str, contract: Contract, identity: SigningIdentity, role: PartyRole) -> None:
+    def __init__(
+        self,
+        *,
+        party: str,
+        contract: Contract,
+        identity: SigningIdentity,
+        role: PartyRole,
+        book: StepBook | None = None,
+        state: VaultState | None = None,
+    ) -> None:
+        """`book`: where every step is written, for a restart; `state`: where the vault stood when it was killed."""
         if contract.party(party).identity != identity.public.hex():
             raise Refused(f"the identity key of {party!r} is not the one in the contract; use the key that was agreed")
         self.party = party
@@ -92,6 +127,13 @@ class Vault:
         self._stored: dict[tuple[str, int], tuple[bytes, bytes]] = {}
         self._stopped: str | None = None
         self._destroyed = False
+        self._book = book
+        self._unsaved: tuple[str, int] | None = None
+        if state is not None:
+            self._done = _Position(*state.done)
+            self._participants = state.participants
+            self._stopped = state.stopped
+            self._stored = dict(state.stored)
 
     def __repr__(self) -> str:
         return f"Vault({self.party!r}, job {self.contract.job})"
@@ -104,6 +146,7 @@ class Vault:
             return self._refusal("", 0, str(error))
         key = (request.step, request.attempt)
         digest = hashlib.sha256(data).digest()
+        self._save()
         if key in self._stored:
             stored_digest, reply = self._stored[key]
             if stored_digest == digest:
@@ -115,6 +158,13 @@ class Vault:
             position, step = self._admit(request)
         except Refused as error:
             return self._refusal(*key, str(error))
+        if self._book is not None:
+            try:
+                self._book.begin(*key, digest)
+            except OSError as error:
+                raise NotSavedError(str(error)) from None
+            except Refused as error:
+                return self._refusal(*key, str(error))
         self._stopped = step.name  # until the step is done
         try:
             outgoing = self._role.perform(step, request)
@@ -130,16 +180,42 @@ class Vault:
                 return self._refuse_for_good(
                     key, digest, f"the mail of step {request.step} is malformed ({type(error).__name__})"
                 )
+            self._unsaved = key
+            self._save()
             raise VaultFailedError(type(error).__name__) from None
         self._stopped = None
         self._done = position
         self._participants = request.participants
         reply = self._sign(request, outgoing)
         self._stored[key] = (digest, reply)
+        self._unsaved = key
         if step.kind is StepKind.CLOSE:
             self._stored = {key: (digest, reply)}
+        self._save()
+        if step.kind is StepKind.CLOSE:
             self._destroy()
         return reply
+
+    @property
+    def state(self) -> VaultState:
+        done = (self._done.exchange, self._done.place, self._done.attempt)
+        return VaultState(done=done, participants=self._participants, stopped=self._stopped, stored=self._stored)
+
+    def _save(self) -> None:
+        """Write the last step, if it is not yet written: before that nothing leaves."""
+        if self._unsaved is None or self._book is None:
+            return
+        over = self._stopped is not None or self._unsaved[0] == StepKind.CLOSE
+        try:
+            if over:
+                self._book.close(self.state, self._role)
+            else:
+                self._book.done(self.state, self._role, self._unsaved)
+        except OSError as error:
+            raise NotSavedError(str(error)) from None
+        self._unsaved = None
+        if over:
+            self._destroy()
 
     def _destroy(self) -> None:
         """Once: a bank that dies while closing makes the others close again."""
@@ -205,7 +281,9 @@ class Vault:
         """The job is over at this vault: keys, pads and rows go, the refusal stays."""
         refusal = self._refusal(*key, reason)
         self._stored[key] = (digest, refusal)
+        self._unsaved = key
         self._destroy()
+        self._save()
         return refusal
 
     def _refusal(self, step: str, attempt: int, reason: str) -> bytes:

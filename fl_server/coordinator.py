@@ -8,7 +8,8 @@ party that refuses, a feature owner that dies, or too few banks stop the job wit
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import msgpack
 from flwr.app import Message
@@ -31,6 +32,7 @@ from fl_clients.protocol import (
     verify_post,
 )
 from fl_clients.roster import Announcement, Roster
+from fl_server.job_state import JobState, Mail, StepRecord, read_state, write_state
 from privacy.errors import Refused
 from privacy.identity import SigningIdentity
 from privacy.parameters import choose_sum
@@ -42,20 +44,6 @@ STEP_TIMEOUT_S = 600.0
 
 class JobStoppedError(Exception):
     """The job cannot go on: one line that names the party and says why."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepRecord:
-    """What one step cost. Seconds are wall time at the coordinator, bytes those of the messages."""
-
-    step: str
-    attempt: int
-    audience: Audience
-    participants: tuple[str, ...]
-    messages: int
-    seconds: float
-    bytes_out: int
-    bytes_in: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,18 +85,6 @@ def find_parties(grid: Grid, contract: Contract, wait_s: float = 60.0) -> dict[s
         time.sleep(0.2)
 
 
-@dataclass
-class _Mail:
-    """Mail on its way, and the sum to hand out next."""
-
-    letters: list[Letter] = field(default_factory=list)
-    posts: list[Post] = field(default_factory=list)
-    summed: bytes | None = None
-
-    def copy(self) -> "_Mail":
-        return _Mail(list(self.letters), list(self.posts), self.summed)
-
-
 class Coordinator:
     """One job from first to last step."""
 
@@ -120,7 +96,9 @@ class Coordinator:
         identity: SigningIdentity,
         watch: Watch = lambda done, total, step: None,
         timeout_s: float = STEP_TIMEOUT_S,
+        folder: Path | None = None,
     ) -> None:
+        """`folder`: where the state is kept after every exchange, to go on from after a restart; None: nowhere."""
         if identity.public.hex() != contract.coordinator_identity:
             raise JobStoppedError("the contract names another coordinator; use the identity it was written for")
         self._grid = grid
@@ -130,21 +108,65 @@ class Coordinator:
         self._timeout_s = timeout_s
         self._owners = tuple(owner.name for owner in contract.owners)
         self._participants = tuple(bank.name for bank in contract.banks)
-        self._mail = _Mail()
+        self._mail = Mail()
         self._steps: list[StepRecord] = []
         self._pairs: Counter[tuple[str, str]] = Counter()
         self._announcements: dict[str, Announcement] = {}
         self._receipts: dict[str, str] = {}
         self._reasons: dict[str, str] = {}
         self._histograms: list[tuple[int, ...]] = []
+        self._folder = folder
+        self._done = 0
+        self._attempt = 0
+        if folder is not None:
+            self._resume(folder)
+
+    def _resume(self, folder: Path) -> None:
+        """Take up a job where it was left."""
+        try:
+            state = read_state(folder, self._contract.hash)
+        except Refused as error:
+            raise JobStoppedError(str(error)) from None
+        if state is None:
+            return
+        self._done, self._attempt, self._participants = state.done, state.attempt, state.participants
+        self._mail, self._steps, self._pairs = state.mail, list(state.steps), state.pairs
+        self._announcements = {name: Announcement(**told) for name, told in state.announcements.items()}
+        self._receipts = dict(state.receipts)
+        self._histograms = list(state.histograms)
+
+    def _keep(self, mail: Mail) -> None:
+        """Write where the job stands: exchange `_done` is asked next, with this mail."""
+        if self._folder is None:
+            return
+        state = JobState(
+            done=self._done,
+            attempt=self._attempt,
+            participants=self._participants,
+            mail=mail,
+            steps=tuple(self._steps),
+            pairs=self._pairs,
+            announcements={name: asdict(told) for name, told in self._announcements.items()},
+            receipts=self._receipts,
+            histograms=tuple(self._histograms),
+        )
+        try:
+            write_state(self._folder, self._contract.hash, state)
+        except OSError as error:
+            raise JobStoppedError(
+                f"the coordinator cannot write its state to {self._folder} ({error.strerror}); free disk space and "
+                "start the job again: it goes on from the last finished step"
+            ) from None
 
     def run(self) -> Outcome:
         """Drive every step; `JobStoppedError` when the job cannot go on."""
         self._nodes = find_parties(self._grid, self._contract)
         exchanges = schedule(self._contract)
-        for done, exchange in enumerate(exchanges):
+        for done, exchange in enumerate(exchanges[self._done :], start=self._done):
             self._watch(done, len(exchanges), exchange[0].step.name)
             self._run_exchange(exchange)
+            self._done, self._attempt = done + 1, 0
+            self._keep(self._mail)
         self._watch(len(exchanges), len(exchanges), "done")
         if not self._histograms or len(set(self._histograms)) != 1:
             raise JobStoppedError("the banks released different pooled histograms; one of them is wrong")
@@ -159,19 +181,20 @@ class Coordinator:
 
     def _run_exchange(self, exchange: Exchange) -> None:
         before = self._mail.copy()
-        attempt = 0
         while True:
             summands: dict[str, bytes] = {}
             lost: list[str] = []
             for scheduled in exchange:
-                lost = self._run_step(scheduled.step, scheduled.audience, attempt, summands)
+                lost = self._run_step(scheduled.step, scheduled.audience, self._attempt, summands)
                 if lost:
                     break
             if not lost:
                 break
             self._drop(lost, exchange)
             self._mail = before.copy()
-            attempt += 1
+            self._attempt += 1
+            # before the survivors are asked: after a restart nobody is asked with the longer list again
+            self._keep(before)
         if summands:
             try:
                 ordered = [summands[bank] for bank in self._participants]
