@@ -18,7 +18,10 @@ MAY_IMPORT = {
     "models": {"models"},
     "privacy": {"privacy"},
 }
-PROTOCOL_MODULES = {"fl_clients.contract", "fl_clients.protocol", "fl_clients.roster", "fl_clients.courier"}
+PROTOCOL_MODULES = {
+    *("fl_clients.contract", "fl_clients.protocol", "fl_clients.roster", "fl_clients.courier"),
+    *("fl_clients.app_bundle", "fl_clients.invite", "fl_clients.processes", "fl_clients.tls"),
+}
 SECRET_TYPES = {
     *("JobKeys", "BankKey", "ConsortiumKey", "OneTimePad", "SystemNoise", "KeyedForwardNoise", "RecordedNoise"),
     *("Session", "Bank", "FeatureOwner", "Vault", "OwnerDesign", "BankData", "OwnerData", "LabelledRows"),
