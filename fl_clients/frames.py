@@ -328,7 +328,9 @@ def read_opening(data: bytes, contract: Contract, party: str) -> Opening:
         body, signature = msgpack.unpackb(data, max_bin_len=4096)
         job, named, address, session = msgpack.unpackb(body)
     except Exception:
-        raise Refused("the opening of a lane has the wrong form; the coordinator's program is another version") from None
+        raise Refused(
+            "the opening of a lane has the wrong form; the coordinator's program is another version"
+        ) from None
     verify(bytes.fromhex(contract.coordinator_identity), _OPENING, body, signature)
     if job != contract.hash or named != party:
         raise Refused(f"the opening of a lane is for another job or party than {party}; the messages were mixed up")

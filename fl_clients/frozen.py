@@ -46,16 +46,12 @@ STATES: Mapping[type[Any], tuple[str, ...]] = {
     OneTimePad: ("_pads", "_erased"),
     _List: ("rows", "source", "messages"),
     _Inbox: ("what", "entries", "_data", "_seen", "_checked"),
-    TwoWaySide: (
-        *("_list", "_exchange", "_sizes", "_workers", "_scalar", "_own", "_own_tags", "_points", "_tags"),
-    ),
+    TwoWaySide: (*("_list", "_exchange", "_sizes", "_workers", "_scalar", "_own", "_own_tags", "_points", "_tags"),),
     Publisher: (
         *("_list", "_exchange", "_size", "_bucket", "_largest", "_workers", "_scalar", "_values", "_claims"),
         *("_queries", "_answers", "_claimed"),
     ),
-    Querier: (
-        *("_list", "_exchange", "_sizes", "_workers", "_blind", "_queries", "_values", "_answers", "_own"),
-    ),
+    Querier: (*("_list", "_exchange", "_sizes", "_workers", "_blind", "_queries", "_values", "_answers", "_own"),),
 }
 """Classes with a state: exactly these attributes."""
 
@@ -198,9 +194,7 @@ def freeze_role(role: Bank | FeatureOwner) -> dict[str, object]:
     return parts
 
 
-def thaw_bank(
-    parts: Mapping[str, Any], *, name: str, contract: Contract, consent: Consent, noise: NoiseSource
-) -> Bank:
+def thaw_bank(parts: Mapping[str, Any], *, name: str, contract: Contract, consent: Consent, noise: NoiseSource) -> Bank:
     """The bank as it stood after the step; `consent` and `noise` are given as to a new one."""
     bank: Bank = _restored(Bank, _own(parts))
     bank._contract, bank._consent, bank._noise = contract, consent, noise

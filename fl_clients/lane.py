@@ -1,4 +1,4 @@
-"""The vault's end of the lane: one outward gRPC stream with mutual TLS to the coordinator, made again after every break.
+"""The vault's end of the lane: one outward gRPC stream with mutual TLS to the coordinator, made anew after a break.
 
 It takes requests one at a time, hands them to the vault and sends the replies; the protocol is `frames`. It opens only
 to the address that the coordinator of the contract signed, and listens on no port. A lane ends when the coordinator

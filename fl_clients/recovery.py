@@ -57,8 +57,7 @@ class Recovery:
         self._begun = {}
 
     def close(self, state: VaultState, role: PartyRole) -> None:
-        """The job is over: keep the last replies and the model, destroy the rest. Once; a repeated close adds a reply.
-        """
+        """The job is over: keep the last replies and the model, destroy the rest."""
         kept = self._checkpoint.closed() or {"model": _model(role)}
         last = dict(state.stored) if state.stopped is None else {}
         if state.stopped is not None:

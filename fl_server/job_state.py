@@ -1,4 +1,4 @@
-"""The coordinator's state of a job on its disk, so that a restarted coordinator goes on from the last finished exchange.
+"""The coordinator's state of a job on its disk: restarted, it goes on from the last finished exchange.
 
 Written whole to a new file, synchronised, then renamed: after a kill the file is the old state or the new one. It holds
 what the coordinator holds anyway (sealed letters, signed posts, ciphertexts, row counts) and no secret. A restart

@@ -19,8 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import grpc
-from flwr.app import Error, Message, RecordDict
-from flwr.app import ConfigRecord
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -109,9 +108,7 @@ class LaneGrid(Grid):
 
     def opening(self, party: str, address: str) -> bytes:
         """What a Flower message brings to this party's vault."""
-        return sign_opening(
-            Opening(party=party, address=address, session=self.session), self._contract, self._identity
-        )
+        return sign_opening(Opening(party=party, address=address, session=self.session), self._contract, self._identity)
 
     def status(self) -> dict[str, str]:
         """One line by party, for people."""

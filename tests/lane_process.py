@@ -39,9 +39,7 @@ def coordinate(folder: Path, contract: Contract, identity: SigningIdentity) -> N
     address = f"localhost:{(folder / 'port').read_text()}"
     for party in contract.parties:
         (folder / f"{party.name}.opening").write_bytes(grid.opening(party.name, address))
-    ca, key, certificate = (
-        (folder / name).read_bytes() for name in ("ca.pem", "coordinator.tls", "coordinator.pem")
-    )
+    ca, key, certificate = ((folder / name).read_bytes() for name in ("ca.pem", "coordinator.tls", "coordinator.pem"))
     with serve_lane(grid, address, ca=ca, key=key, certificate=certificate):
         (folder / "coordinator.up").touch()
         try:
@@ -80,9 +78,7 @@ def take_part(folder: Path, name: str, contract: Contract, identity: SigningIden
         return thaw_owner(parts, name=name, contract=contract, consent=everyone)
 
     checkpoint = Checkpoint(folder / name, job=contract.hash, party=name)
-    vault = open_vault(
-        party=name, contract=contract, identity=identity, checkpoint=checkpoint, fresh=fresh, thaw=thaw
-    )
+    vault = open_vault(party=name, contract=contract, identity=identity, checkpoint=checkpoint, fresh=fresh, thaw=thaw)
 
     def handle(data: bytes) -> bytes:
         request = decode_request(data, contract)

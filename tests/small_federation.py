@@ -16,7 +16,7 @@ import numpy.typing as npt
 from flwr.app import Message
 
 from fl_clients.bank import Bank
-from fl_clients.contract import PrivacyTerms
+from fl_clients.contract import AlignmentTerms, PrivacyTerms
 from fl_clients.courier import client_app, from_record
 from fl_clients.data import LabelledRows
 from fl_clients.feature_owner import FeatureOwner
@@ -26,7 +26,7 @@ from fl_server.coordinator import Coordinator, Outcome
 from models.scorecard import ScorecardSettings
 from privacy import blind_aggregate, blind_sum, secure_sum
 from simulations.federation_folder import BankTable, BaselineSettings, Column, Federation, OwnerTable
-from simulations.job import Parties, make_parties, noise_totals
+from simulations.job import DEFAULT_ALIGNMENT, Parties, make_parties, noise_totals
 from simulations.memory_grid import MemoryGrid
 from simulations.run import pool
 from simulations.twin import TwinResult, run_twin
@@ -127,6 +127,7 @@ def small_parties(
     least_banks: int | None = None,
     forward_noise: float = 1.0,
     max_bins: int = 6,
+    alignment: AlignmentTerms = DEFAULT_ALIGNMENT,
 ) -> Parties:
     """Parties of a job with few bins, ready to run."""
     settings = ScorecardSettings(
@@ -137,7 +138,9 @@ def small_parties(
         cross_tabs=epsilon is None,
     )
     spare = 0 if least_banks is None else 2  # a job that may lose banks pays for the reruns in advance
-    return make_parties(federation, settings, PrivacyTerms(epsilon=epsilon, spare_attempts=spare), least_banks)
+    return make_parties(
+        federation, settings, PrivacyTerms(epsilon=epsilon, spare_attempts=spare), least_banks, alignment
+    )
 
 
 Call = Callable[[bytes], bytes]

@@ -125,12 +125,12 @@ def test_an_announced_length_sets_nothing_aside_and_too_large_a_one_is_refused()
     assert len(inbox._buffer) == 9
     with pytest.raises(LaneError, match="at most"):
         Incoming().take(0, (1 << 40).to_bytes(8, "big"))
+
+    class _Huge(bytes):
+        def __len__(self) -> int:
+            return frames.LARGEST_MESSAGE + 1
+
     with pytest.raises(Refused, match="split the job"):
-
-        class _Huge(bytes):
-            def __len__(self) -> int:
-                return frames.LARGEST_MESSAGE + 1
-
         Outgoing().put(_Huge())
 
 
@@ -214,11 +214,9 @@ def served(authority: Authority) -> Iterator[tuple[Parties, LaneGrid, str]]:
         grid.close("end of the test")
 
 
-def lane_of(
-    parties: Parties, grid: LaneGrid, address: str, party: str, tls: TLS, **changes: Any
-) -> Lane:
+def lane_of(parties: Parties, grid: LaneGrid, address: str, party: str, tls: TLS, **changes: Any) -> Lane:
     options: dict[str, Any] = {
-        "opening": read_opening(grid.opening(party, address), parties.contract, party),
+        "opening": changes.get("opening") or read_opening(grid.opening(party, address), parties.contract, party),
         "contract": parties.contract,
         "identity": parties.vaults[party]._identity,
         "handle": parties.vaults[party].handle,
@@ -261,9 +259,7 @@ def test_a_job_over_the_lane_is_the_twins_though_every_stream_is_cut_again_and_a
         assert lane.reason == "the job is done"
 
 
-def test_a_100_mb_step_crosses_the_lane_both_ways(
-    served: tuple[Parties, LaneGrid, str], authority: Authority
-) -> None:
+def test_a_100_mb_step_crosses_the_lane_both_ways(served: tuple[Parties, LaneGrid, str], authority: Authority) -> None:
     from flwr.app import Message
 
     from fl_clients.courier import from_record, to_record
@@ -295,13 +291,16 @@ def test_a_stuck_party_is_named_and_what_is_known_of_it(
     stuck.set()
 
 
-def turned_away(grid: LaneGrid, lane: Lane) -> None:
+def turned_away(grid: LaneGrid, lane: Lane) -> str:
+    """Why; fails if it got a session."""
     deadline = time.monotonic() + 20
     while not lane.reason and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert lane.reason
+    reason = lane.reason
+    assert reason
     assert list(grid.get_node_ids()) == []
     lane.close()
+    return reason
 
 
 def test_nobody_but_the_party_with_its_identity_and_its_own_certificate_gets_a_session(
@@ -340,16 +339,8 @@ def test_a_coordinator_that_is_not_the_contracts_gets_no_vault(authority: Author
         with pytest.raises(Refused, match="signature"):
             read_opening(impostor.opening("bank1", f"localhost:{port}"), parties.contract, "bank1")
         opening = frames.Opening(party="bank1", address=f"localhost:{port}", session=impostor.session)
-        lane = lane_of(parties, impostor, "", "bank1", authority.issue("bank1"), opening=opening) if False else Lane(
-            opening=opening,
-            contract=parties.contract,
-            identity=parties.vaults["bank1"]._identity,
-            handle=parties.vaults["bank1"].handle,
-            tls=authority.issue("bank1"),
-        )
-        lane.start()
-        turned_away(impostor, lane)
-        assert "did not prove to be coordinator" in lane.reason
+        lane = lane_of(parties, impostor, "", "bank1", authority.issue("bank1"), opening=opening)
+        assert "did not prove to be coordinator" in turned_away(impostor, lane)
 
 
 def test_garbage_of_any_size_is_refused_without_eating_memory(
