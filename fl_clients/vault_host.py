@@ -31,6 +31,7 @@ def serve(name: str, handle: Callable[[bytes], bytes], path: Path) -> Iterator[N
         try:
             return handle(request)
         except Refused as refused:
+            print(f"refused: {refused}", flush=True)  # a refusal holds no secret
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(refused))
             raise
 

@@ -187,9 +187,14 @@ def _status(home: Path) -> list[Table]:
             members.add_row(invited.name, invited.role, "", state)
     tables = [members]
     if running:
-        listed = Table("run", "status", "started (UTC)", title="runs")
+        listed = Table("run", "status", "started (UTC)", "what it said", title="runs")
         for run in superlink.runs(home):
-            listed.add_row(str(run.get("run-id")), str(run.get("status")), str(run.get("starting-at", "")))
+            listed.add_row(
+                str(run.get("run-id")),
+                str(run.get("status")),
+                str(run.get("starting-at", "")),
+                str(run.get("status-details", "")),
+            )
         tables.append(listed)
     return tables
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from cryptography import x509
+from cryptography.x509.oid import ExtendedKeyUsageOID
 from flwr.supercore.fab import Fab
 from flwr.supernode.start_client_internal import _verify_fab
 
@@ -234,7 +235,7 @@ def test_the_lane_certificate_is_for_clients_and_from_the_ca(home: Path) -> None
     ca = x509.load_pem_x509_certificate((home / "ca" / "ca.crt").read_bytes())
     certificate.verify_directly_issued_by(ca)
     usage = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-    assert list(usage) == [x509.ExtendedKeyUsageOID.CLIENT_AUTH]
+    assert list(usage) == [ExtendedKeyUsageOID.CLIENT_AUTH]
     assert not certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
 
 
