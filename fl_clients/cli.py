@@ -125,7 +125,7 @@ def join(file: Annotated[Path, typer.Argument(help="The invitation.")], home: Ho
 def check(home: Home = None) -> None:
     """Check disk, database, node key, pinned app, TLS and clock.
 
-    Example: xinyi-node check
+    Example: xinyi-node check --home ~/.xinyi
     """
     with _refusals():
         if not _print_checks(_home(home)):
@@ -153,7 +153,7 @@ def run(
 def down(home: Home = None) -> None:
     """Stop the node.
 
-    Example: xinyi-node down
+    Example: xinyi-node down --home ~/.xinyi
     """
     with _refusals():
         typer.echo("stopped" if node.down(_home(home)) else "it did not run")

@@ -130,7 +130,7 @@ def revoke(name: Annotated[str, typer.Argument(help="The member.")], home: Home 
 def renew(home: Home = None) -> None:
     """Make a fresh TLS certificate of this host from the coordinator's CA; takes effect at the next start.
 
-    Example: xinyi-server renew
+    Example: xinyi-server renew --home ~/.xinyi-server
     """
     folder = enrolment.home_folder(home)
     with _refusals():
@@ -161,7 +161,7 @@ def up(
 def down(home: Home = None) -> None:
     """Stop the coordinator. Stop the nodes first where you can: Flower lets them return sooner then.
 
-    Example: xinyi-server down
+    Example: xinyi-server down --home ~/.xinyi-server
     """
     with _refusals():
         typer.echo("stopped" if superlink.down(enrolment.home_folder(home)) else "it did not run")
@@ -203,7 +203,7 @@ def _status(home: Path) -> list[Table]:
 def status(home: Home = None) -> None:
     """Who is a member, who is connected, which runs there are, and what the processes do.
 
-    Example: xinyi-server status
+    Example: xinyi-server status --home ~/.xinyi-server
     """
     folder = enrolment.home_folder(home)
     with _refusals():
@@ -223,7 +223,7 @@ def watch(
 ) -> None:
     """Show the status again and again until Ctrl-C.
 
-    Example: xinyi-server watch
+    Example: xinyi-server watch --every 10
     """
     from rich.console import Group
     from rich.live import Live
@@ -242,7 +242,7 @@ def watch(
 def models(home: Home = None) -> None:
     """List the finished jobs of this coordinator and where their results are.
 
-    Example: xinyi-server models
+    Example: xinyi-server models --home ~/.xinyi-server
     """
     folder = enrolment.home_folder(home)
     with _refusals():
