@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 
@@ -31,6 +32,7 @@ from fl_clients.frames import (
     check_challenge,
     pack,
     pack_reply,
+    read_opening,
     sign_proof,
     unpack,
 )
@@ -220,7 +222,40 @@ class Lane:
                 call.cancel()
 
 
-def _expect(frame: bytes, kind: Kind) -> list[object]:
+class LaneOpener:
+    """SECRET (identity). Opens the lane of one job when a Flower message brings its opening; again changes nothing."""
+
+    def __init__(
+        self, *, contract: Contract, party: str, identity: SigningIdentity, handle: Callable[[bytes], bytes], tls: TLS
+    ) -> None:
+        self._contract, self._party, self._identity = contract, party, identity
+        self._handle, self._tls = handle, tls
+        self._lock = threading.Lock()
+        self._opening: Opening | None = None
+        self.lane: Lane | None = None
+
+    def __repr__(self) -> str:
+        return f"LaneOpener({self._party!r})"
+
+    def open(self, data: bytes) -> None:
+        """Start the lane and return; `Refused` unless the contract's coordinator signed this opening for this party.
+
+        A restarted coordinator opens another session: the lane of the old one is closed.
+        """
+        opening = read_opening(data, self._contract, self._party)
+        with self._lock:
+            if self.lane is not None and not self.lane.wait(0):
+                if self._opening == opening:
+                    return
+                self.lane.close()
+            self._opening = opening
+            self.lane = Lane(
+                opening=opening, contract=self._contract, identity=self._identity, handle=self._handle, tls=self._tls
+            )
+            self.lane.start()
+
+
+def _expect(frame: bytes, kind: Kind) -> list[Any]:
     if not frame:
         raise LaneError("the coordinator closed the stream in the handshake; it may not know this party or job")
     found, fields = unpack(frame)

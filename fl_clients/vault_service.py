@@ -1,20 +1,34 @@
 """The vault as a gRPC service on a Unix socket of the institution's own machine (mode 0600: only its user connects)."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
 
-from fl_clients.courier import CHANNEL_OPTIONS, HANDLE, WHO
+from fl_clients.courier import CHANNEL_OPTIONS, HANDLE, LANE, WHO
 from fl_clients.vault import Vault
+from privacy.errors import Refused
 
 
 @contextmanager
-def serve(vault: Vault, socket: Path) -> Iterator[None]:
-    """Serve one vault while the context is open; steps are handled one at a time."""
+def serve(vault: Vault, socket: Path, open_lane: Callable[[bytes], None] | None = None) -> Iterator[None]:
+    """Serve one vault while the context is open; steps are handled one at a time.
+
+    `open_lane`: takes the coordinator's signed opening, returns at once, raises `Refused` (`LaneOpener`).
+    """
+
+    def lane(request: bytes, context: grpc.ServicerContext) -> bytes:
+        try:
+            if open_lane is None:
+                raise Refused("this vault has no lane; its steps come as messages")
+            open_lane(request)
+        except Refused as error:
+            context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
+        return vault.party.encode()
+
     server = grpc.server(ThreadPoolExecutor(max_workers=1), options=CHANNEL_OPTIONS)
 
     def method(name: str) -> str:
@@ -26,6 +40,7 @@ def serve(vault: Vault, socket: Path) -> Iterator[None]:
                 "xinyi.Vault",
                 {
                     method(HANDLE): grpc.unary_unary_rpc_method_handler(lambda request, _: vault.handle(request)),
+                    method(LANE): grpc.unary_unary_rpc_method_handler(lane),
                     method(WHO): grpc.unary_unary_rpc_method_handler(lambda request, _: vault.party.encode()),
                 },
             ),

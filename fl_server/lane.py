@@ -43,6 +43,7 @@ from fl_clients.frames import (
     unpack,
     unpack_reply,
 )
+from fl_server.coordinator import JobStoppedError, find_parties
 from privacy.identity import SigningIdentity
 
 LOGGER = logging.getLogger(__name__)
@@ -105,6 +106,10 @@ class LaneGrid(Grid):
         """Streams that did not prove to be a party of this job."""
         with self._changed:
             _identify()
+
+    @property
+    def contract(self) -> Contract:
+        return self._contract
 
     def opening(self, party: str, address: str) -> bytes:
         """What a Flower message brings to this party's vault."""
@@ -190,9 +195,10 @@ class LaneGrid(Grid):
         try:
             hello = next(frames, b"")
             version, name, job, session, _, instance, known, position = _expect(hello, Kind.HELLO)
-            party = self._parties.get(name)
-            if version != VERSION or job != self._contract.hash or session != self.session or party is None:
+            known_party = name in self._parties
+            if version != VERSION or job != self._contract.hash or session != self.session or not known_party:
                 raise LaneError("a stream for another job, session, party or version")
+            party = self._parties[name]
             mine = party.link.position
             challenge: list[Any] = [os.urandom(32), party.link.instance, *mine, b""]
             challenge[-1] = sign_challenge(self._identity, hello, challenge)
@@ -260,6 +266,27 @@ def _identify() -> None:
         _ = TaskIdentity.run_id
     except RuntimeError:
         TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
+
+
+def open_lanes(control: Grid, lane: LaneGrid, address: str, wait_s: float = 60.0) -> None:
+    """Ask every party's vault over Flower (`control`) to open its lane; each message returns at once.
+
+    `JobStoppedError` names who is not there or refuses. Asked again (a restart), an open lane changes nothing.
+    """
+    nodes = find_parties(control, lane.contract, wait_s)
+    messages = [
+        Message(to_record(lane.opening(party, address)), dst_node_id=node, message_type="query.lane")
+        for party, node in nodes.items()
+    ]
+    names = {node: party for party, node in nodes.items()}
+    answered: dict[str, str] = {}
+    for reply in control.send_and_receive(messages, timeout=wait_s):
+        party = names[reply.metadata.src_node_id]
+        answered[party] = str(reply.error.reason) if reply.has_error() else ""
+    for party in nodes:
+        why = answered.get(party, "no answer")
+        if why:
+            raise JobStoppedError(f"{party} opened no lane ({why}); look at its node and start the job again")
 
 
 @contextmanager

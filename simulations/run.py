@@ -17,7 +17,8 @@ from threadpoolctl import threadpool_limits
 from fl_clients.contract import PrivacyTerms
 from fl_clients.protocol import StepKind
 from fl_server import who_sees_what
-from fl_server.coordinator import Outcome, StepRecord, Watch
+from fl_server.coordinator import Outcome, Watch
+from fl_server.job_state import StepRecord
 from fl_server.report import Release, ReportSections, Step, render
 from fl_server.run_store import outcome_figures, write_run
 from models.binning import Tower, cells

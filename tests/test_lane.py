@@ -15,18 +15,21 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
+from flwr.app import Context
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fl_clients import frames
+from fl_clients.courier import client_app
 from fl_clients.frames import CHANNEL_OPTIONS, METHOD, Incoming, Kind, LaneError, Outgoing, pack, read_opening, unpack
-from fl_clients.lane import TLS, Lane
+from fl_clients.lane import TLS, Lane, LaneOpener
 from fl_server.coordinator import Coordinator, JobStoppedError
-from fl_server.lane import LaneGrid, serve_lane
+from fl_server.lane import LaneGrid, open_lanes, serve_lane
 from privacy.errors import Refused
 from privacy.identity import SigningIdentity
 from simulations.job import Parties
-from tests.small_federation import assert_equals_twin, small_federation, small_parties
+from simulations.memory_grid import MemoryGrid
+from tests.small_federation import Call, assert_equals_twin, small_federation, small_parties
 
 FEDERATION = small_federation(banks=2, owners=2, enterprises=400)
 
@@ -257,6 +260,42 @@ def test_a_job_over_the_lane_is_the_twins_though_every_stream_is_cut_again_and_a
     for lane in lanes:
         assert lane.wait(20)
         assert lane.reason == "the job is done"
+
+
+def test_a_flower_message_opens_the_lane_and_returns_at_once_and_only_the_coordinators(
+    served: tuple[Parties, LaneGrid, str], authority: Authority
+) -> None:
+    parties, grid, address = served
+    openers = {
+        name: LaneOpener(
+            contract=parties.contract,
+            party=name,
+            identity=vault._identity,
+            handle=vault.handle,
+            tls=authority.issue(name),
+        )
+        for name, vault in parties.vaults.items()
+    }
+    names = dict(enumerate(parties.vaults, start=10))
+
+    def opened(context: Context) -> Call:
+        def call(payload: bytes) -> bytes:
+            openers[names[context.node_id]].open(payload)
+            return b""
+
+        return call
+
+    app = client_app(lambda context: (names[context.node_id], lambda data: b""), opened)
+    control = MemoryGrid(app, {node: {} for node in names})
+    for _ in range(2):
+        open_lanes(control, grid, address)
+    outcome = Coordinator(grid=grid, contract=parties.contract, identity=parties.coordinator, timeout_s=60).run()
+    assert_equals_twin(FEDERATION, parties, outcome)
+    grid.close("done")
+    assert all(opener.lane is not None and opener.lane.wait(20) for opener in openers.values())
+    impostor = LaneGrid(parties.contract, SigningIdentity.generate())
+    with pytest.raises(JobStoppedError, match="bank1 opened no lane"):
+        open_lanes(control, impostor, address)
 
 
 def test_a_100_mb_step_crosses_the_lane_both_ways(served: tuple[Parties, LaneGrid, str], authority: Authority) -> None:
