@@ -151,7 +151,7 @@ def run(
 
 @app.command()
 def down(home: Home = None) -> None:
-    """Stop the node.
+    """Stop vault and SuperNode in order; Flower then lets the node return at once.
 
     Example: xinyi-node down --home ~/.xinyi
     """
