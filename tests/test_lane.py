@@ -385,7 +385,7 @@ def test_a_coordinator_that_is_not_the_contracts_gets_no_vault(authority: Author
 def test_garbage_of_any_size_is_refused_without_eating_memory(
     served: tuple[Parties, LaneGrid, str], authority: Authority
 ) -> None:
-    """One message of 1 GB cannot be built by this client library; 256 MB is as far beyond the limit of 1 MB."""
+    """256 MB stand for the gigabyte: gRPC refuses by the announced length, 1 MB is the limit."""
     _, grid, address = served
     tls = authority.issue("bank1")
     credentials = grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)
