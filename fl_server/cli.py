@@ -248,10 +248,10 @@ def models(home: Home = None) -> None:
     with _refusals():
         enrolment.settings_of(folder)
     table = Table("job", "finished (UTC)", "folder")
-    for result in sorted((folder / "jobs").glob("*/*.json")):
-        if result.name == "outcome.json":
-            moment = datetime.fromtimestamp(result.stat().st_mtime, UTC)
-            table.add_row(result.parent.name, f"{moment:%Y-%m-%d %H:%M}", str(result.parent))
+    for result in sorted((folder / "jobs").rglob("result.json")):  # the run store writes it last
+        moment = datetime.fromtimestamp(result.stat().st_mtime, UTC)
+        job = result.relative_to(folder / "jobs").parts[0]
+        table.add_row(job, f"{moment:%Y-%m-%d %H:%M}", str(result.parent))
     Console().print(table)
 
 
