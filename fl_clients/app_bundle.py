@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict
 VERSION = "1.0.0"
 """Of the bundle, not of Xinyi: it changes when a byte of the bundle does."""
 APP = "@xinyi/courier"
-PINNED_HASH = "f2a8bea21c3219c6ba7d517bdf5582b13bb68f8c9c6183169641d6f70e9f23bc"
+PINNED_HASH = "7ab39d8604fbd2503608ff974986b93f68ed94e9cf3caef5d708113d0da0d286"
 """SHA-256 of the bundle of this release; a test holds the source to it."""
 
 _PYPROJECT = f"""\
@@ -42,9 +42,8 @@ serverapp = "xinyi_courier.server_app:app"
 clientapp = "xinyi_courier.client_app:app"
 
 [tool.flwr.app.config]
-contract = ""
-identity = ""
-out = ""
+job = ""
+use = 0
 """
 _FILES = {
     "pyproject.toml": _PYPROJECT,

@@ -106,6 +106,11 @@ class Bank:
     def __repr__(self) -> str:
         return f"Bank({self._name!r})"
 
+    @property
+    def roster(self) -> Roster:
+        """Everyone's announcements; `Refused` before they are there."""
+        return self._session.roster
+
     def perform(self, step: Step, request: Request) -> Outgoing:
         if step in self._begun:
             self._charge_again(step)

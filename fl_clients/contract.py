@@ -1,25 +1,61 @@
-"""The contract of a job: who takes part, with which columns, model and privacy. Its hash is bound into every seal.
+"""The contract of a job: who takes part, for what, with which columns, model, privacy and encryption, until when.
 
-Stand-in until institutions countersign it: a local file that every party is given; its canonical JSON is hashed, and a
-party whose file differs by one byte can open nothing of the others. Outside simulation a contract without epsilon is
-refused, since exact sums reveal the labels of pure bins (PROTOCOL, "What the table must also say").
+Its canonical JSON is hashed, the hash is signed (Ed25519) by the coordinator and by every institution and bound into
+every seal and message of the job: a party whose contract differs by one byte can open nothing of the others. Outside
+simulation a contract without epsilon is refused, since exact sums reveal the labels of pure bins (PROTOCOL, "What the
+table must also say"). Canonical form: JSON, keys sorted, no spaces, ASCII; times are UTC.
 """
 
 import hashlib
 import json
-from typing import Literal, Self
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
 from models.binning import ColumnSpec
 from models.scorecard import ScorecardSettings
 from privacy.errors import Refused
+from privacy.identity import SigningIdentity, verify
 from privacy.noise import default_colluding
+from privacy.parameters import LEAST_HIDING_BITS
+
+COORDINATOR = "coordinator"
+"""The coordinator's name among signatures and receivers; no party may have it."""
 
 MOST_EPSILON = 10.0
 MOST_DELTA = 1e-4
+MOST_DAYS = 3660
+_SIGNATURE = b"xinyi contract 2"
 
 Role = Literal["bank", "pboc", "public_credit"]
+Receiver = Literal["coordinator", "banks", "owners"]
+ReleaseName = Literal[
+    "row_counts", "alignment", "bank_sums", "owner_sums", "directions", "scores", "score_histogram", "model_digest"
+]
+
+
+def _whole_second(moment: datetime) -> datetime:
+    """UTC without fractions: one moment has one canonical form."""
+    return moment.astimezone(UTC).replace(microsecond=0)
+
+
+Moment = Annotated[AwareDatetime, AfterValidator(_whole_second)]
+
+RELEASES: Mapping[ReleaseName, tuple[Receiver, ...]] = {
+    "row_counts": ("coordinator", "banks", "owners"),
+    "alignment": ("banks", "owners"),
+    "bank_sums": ("banks",),
+    "owner_sums": ("owners",),
+    "directions": ("banks",),
+    "scores": ("banks",),
+    "score_histogram": ("coordinator", "banks"),
+    "model_digest": ("coordinator",),
+}
+"""What the protocol of the scorecard lets out, and the most that may receive it. row_counts: a party's rows and keys;
+alignment: which enterprises both sides of a pair know; bank_sums: bins, sums, line search of the bank columns;
+owner_sums: S; directions: an owner's noised part of each round; scores: exact partial scores, summed blindly."""
 
 
 class _Frozen(BaseModel):
@@ -64,8 +100,40 @@ class ModelTerms(_Frozen):
     """Noise on an owner's direction in training, in standard deviations of that direction."""
 
 
+class LabelTerms(_Frozen):
+    """What 1 means, in words that every label holder must be able to check its own label against."""
+
+    definition: str = Field(min_length=1)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the definition, hex: what a policy lists."""
+        return hashlib.sha256(self.definition.encode()).hexdigest()
+
+
+class HETerms(_Frozen):
+    """Floor of the encryption: a vault refuses parameters below it."""
+
+    security_bits: int = Field(default=128, ge=128)
+    flooding_bits: int = Field(default=LEAST_HIDING_BITS, ge=LEAST_HIDING_BITS)
+
+
+class ReleaseTerms(_Frozen):
+    """Who may receive one kind of release; a release or a receiver that is not listed is refused at the vault."""
+
+    name: ReleaseName
+    receivers: tuple[Receiver, ...]
+
+
+def all_releases() -> tuple[ReleaseTerms, ...]:
+    """The releases of the scorecard job, each to everyone that the protocol has it for."""
+    return tuple(ReleaseTerms(name=name, receivers=receivers) for name, receivers in RELEASES.items())
+
+
 class PrivacyTerms(_Frozen):
     """Differential privacy of the banks' records: adjacency zeroes out one enterprise's v and bank fields."""
+
+    unit: Literal["enterprise"] = "enterprise"
 
     epsilon: float | None = Field(default=None, gt=0)
     delta: float | None = Field(default=None, gt=0, lt=1)
@@ -92,16 +160,27 @@ class AlignmentTerms(_Frozen):
 class Contract(_Frozen):
     """The terms of one job. `hash` identifies it everywhere."""
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     job: str = Field(pattern="^[0-9a-f]{32}$")
-    purpose: str
-    label: str
+    purpose: str = Field(min_length=1)
+    """As the consents say it: only enterprises that consented to this purpose take part."""
+    scenario: str = Field(min_length=1)
+    """Entry of the scenario catalogue that the columns are asked for."""
+    label: LabelTerms
     simulation: bool
+    not_before: Moment
+    expires: Moment
+    uses: int = Field(ge=1, le=1000)
+    """Times that the job may be run; each run pays epsilon in full."""
+    retention_days: int = Field(ge=0, le=MOST_DAYS)
+    """Days after `expires` that a party may keep its model of this job."""
     coordinator_identity: str = Field(pattern="^[0-9a-f]{64}$")
     parties: tuple[PartyTerms, ...]
     model: ModelTerms
     privacy: PrivacyTerms
     alignment: AlignmentTerms = AlignmentTerms()
+    he: HETerms = HETerms()
+    releases: tuple[ReleaseTerms, ...]
     least_banks: int = Field(ge=1)
     """Banks needed to go on when one dies; with fewer the run stops. Feature owners can never be left out."""
 
@@ -110,6 +189,18 @@ class Contract(_Frozen):
         names = [party.name for party in self.parties]
         if len(set(names)) != len(names):
             raise ValueError("two parties have the same name; every party needs its own")
+        if COORDINATOR in names:
+            raise ValueError(f"a party is named {COORDINATOR!r}, which stands for the coordinator; name it otherwise")
+        identities = [party.identity for party in self.parties]
+        if len({*identities, self.coordinator_identity}) != len(identities) + 1:
+            raise ValueError("two parties, or a party and the coordinator, have the same identity key")
+        self._check_releases()
+        if not self.not_before < self.expires:
+            raise ValueError(f"not_before={self.not_before} is not before expires={self.expires}")
+        if (self.expires - self.not_before).days > MOST_DAYS:
+            raise ValueError(
+                f"the job would be valid for {(self.expires - self.not_before).days} days, more than {MOST_DAYS}"
+            )
         if not self.banks:
             raise ValueError("no bank in the contract; a job needs at least one label holder")
         if not self.owners:
@@ -130,6 +221,18 @@ class Contract(_Frozen):
         if not self.simulation:
             self._check_deployed()
         return self
+
+    def _check_releases(self) -> None:
+        listed = [release.name for release in self.releases]
+        if len(set(listed)) != len(listed):
+            raise ValueError("a release is listed twice; list each once with all its receivers")
+        for release in self.releases:
+            beyond = set(release.receivers) - set(RELEASES[release.name])
+            if beyond or not release.receivers:
+                raise ValueError(
+                    f"release {release.name} to {sorted(release.receivers)}: the protocol has it for "
+                    f"{list(RELEASES[release.name])} only"
+                )
 
     def _check_deployed(self) -> None:
         """What only a simulation may do."""
@@ -166,6 +269,19 @@ class Contract(_Frozen):
                 return party
         raise Refused(f"{name!r} is no party of job {self.job}; ask the coordinator for a contract that names it")
 
+    def receivers(self, release: ReleaseName) -> tuple[Receiver, ...]:
+        """Who may receive a release; nobody where the contract does not list it."""
+        return next((terms.receivers for terms in self.releases if terms.name == release), ())
+
+    def identity_of(self, signer: str) -> bytes:
+        """Public key of a party or of the coordinator."""
+        return bytes.fromhex(self.coordinator_identity if signer == COORDINATOR else self.party(signer).identity)
+
+    @property
+    def signers(self) -> tuple[str, ...]:
+        """Everyone whose signature the contract needs."""
+        return (COORDINATOR, *(party.name for party in self.parties))
+
     def colluding(self, banks: int) -> int:
         """How many banks may collude without weakening the noise, among `banks` participants."""
         wanted = self.privacy.colluding_banks
@@ -177,4 +293,45 @@ class Contract(_Frozen):
     @property
     def hash(self) -> bytes:
         """SHA-256 of the canonical form, 32 bytes."""
-        return hashlib.sha256(b"xinyi contract 1\x00" + self.canonical()).digest()
+        return hashlib.sha256(b"xinyi contract 2\x00" + self.canonical()).digest()
+
+
+class SignedContract(_Frozen):
+    """A contract with the signatures it has so far: signer -> Ed25519 signature over the contract's hash (hex)."""
+
+    contract: Contract
+    signatures: dict[str, str] = Field(default_factory=dict)
+
+    def signed(self, signer: str, identity: SigningIdentity) -> "SignedContract":
+        """With one more signature; `Refused` if the contract names another key for this signer."""
+        if self.contract.identity_of(signer) != identity.public:
+            raise Refused(f"the contract names another identity key for {signer!r}; sign with the key that was agreed")
+        return self.added(signer, identity.sign(_SIGNATURE, self.contract.hash).hex())
+
+    def added(self, signer: str, signature: str) -> "SignedContract":
+        """With a signature that somebody else made; `Refused` unless it is that signer's over this very contract."""
+        checked = SignedContract(contract=self.contract, signatures={**self.signatures, signer: signature})
+        checked.check(signer)
+        return checked
+
+    def check(self, *signers: str) -> None:
+        """`Refused` unless each of `signers` signed."""
+        for signer in signers:
+            signature = self.signatures.get(signer)
+            if signature is None:
+                raise Refused(f"contract {self.contract.hash.hex()[:16]} lacks the signature of {signer}")
+            try:
+                verify(self.contract.identity_of(signer), _SIGNATURE, self.contract.hash, bytes.fromhex(signature))
+            except ValueError:
+                raise Refused(f"the signature of {signer} is not hexadecimal; ask for the contract again") from None
+            except Refused:
+                raise Refused(
+                    f"the signature of {signer} does not fit contract {self.contract.hash.hex()[:16]}: it was altered "
+                    "after signing, or signed by another key"
+                ) from None
+
+    def check_all(self) -> None:
+        """`Refused` unless everyone signed, and nobody else."""
+        self.check(*self.contract.signers)
+        if extra := sorted(set(self.signatures) - set(self.contract.signers)):
+            raise Refused(f"signatures of strangers to the contract: {', '.join(extra)}")

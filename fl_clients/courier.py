@@ -60,13 +60,11 @@ def client_app(
     return app
 
 
-def _socket_call(context: Context) -> Callable[[str, bytes], bytes]:
-    """The calls of this node's vault, by its Unix socket: node config `vault`, or the number of the partition."""
-    address = str(context.node_config.get("vault", ""))
-    if not address:
-        folder = Path(os.environ[SOCKET_FOLDER])
-        address = f"unix:{folder / str(context.node_config['partition-id'])}.sock"
+Calls = Callable[[str, bytes], bytes]
+"""A vault's calls: method, payload."""
 
+
+def _calls_at(address: str) -> Calls:
     def call(method: str, payload: bytes) -> bytes:
         with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
             reply: bytes = channel.unary_unary(method)(payload, wait_for_ready=True, timeout=3600)
@@ -75,14 +73,24 @@ def _socket_call(context: Context) -> Callable[[str, bytes], bytes]:
     return call
 
 
-def _socket_vault(context: Context) -> tuple[str, Call]:
-    call = _socket_call(context)
+def vault_at(address: str) -> tuple[str, Call]:
+    """(party name, its call) of the vault that listens at a gRPC address (unix:/path)."""
+    call = _calls_at(address)
     return call(WHO, b"").decode(), lambda payload: call(HANDLE, payload)
 
 
+def _address(context: Context) -> str:
+    """Of the vault's Unix socket: node config `vault`, or socket number of the partition."""
+    address = str(context.node_config.get("vault", ""))
+    if not address:
+        folder = Path(os.environ[SOCKET_FOLDER])
+        address = f"unix:{folder / str(context.node_config['partition-id'])}.sock"
+    return address
+
+
 def _socket_lane(context: Context) -> Call:
-    call = _socket_call(context)
+    call = _calls_at(_address(context))
     return lambda payload: call(LANE, payload)
 
 
-app = client_app(_socket_vault, _socket_lane)
+app = client_app(lambda context: vault_at(_address(context)), _socket_lane)

@@ -17,12 +17,16 @@ from rich.console import Console
 from rich.table import Table
 
 from fl_clients import data_check, mapping, sources
+from fl_clients.at_home import at_home
 from fl_clients.consent import ConsentStore, consent_columns
+from fl_clients.institution import SETTINGS, home_folder
 from fl_clients.mapping import ColumnMapping, TableMapping
 from fl_clients.sources import Source
 from models import schema as schemas
 from models.errors import DataError
 from models.schema import Schema
+from privacy.audit_format import Entry
+from privacy.errors import Refused
 
 SURE = 0.8
 BAD_INPUT, REFUSED = 2, 1
@@ -39,7 +43,7 @@ Purpose = Annotated[str, typer.Option(help="The purpose, as the contract writes 
 def _one_line() -> Iterator[None]:
     try:
         yield
-    except (DataError, OSError) as error:
+    except (DataError, Refused, OSError) as error:
         text = " ".join(str(error).split())
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {text}", markup=False)
         raise typer.Exit(BAD_INPUT) from None
@@ -178,6 +182,7 @@ def import_consents(
             done = opened.import_table(batches, names, datetime.now(UTC))
         finally:
             opened.close()
+        _log_consent({"change": "import", "rows": done.rows, "added": done.added, "revoked": done.revoked})
     _say(f"{done.rows:,} rows read, {done.added:,} consents new, {done.revoked:,} revocations new")
 
 
@@ -226,7 +231,18 @@ def revoke(purpose: Purpose, store: Store = Path("consent.sqlite")) -> None:
             opened.revoke(typer.prompt("unified social credit code"), purpose, datetime.now(UTC))
         finally:
             opened.close()
+        _log_consent({"change": "revoke", "purpose": purpose, "revoked": 1})
     _say("revoked; the enterprise takes part in no step from now on")
+
+
+def _log_consent(change: dict[str, Any]) -> None:
+    """Counts, no codes, into the audit log of the institution whose home this is; without a home there is no log.
+
+    After the change: a revocation counts even where the log cannot be written, and then the command fails aloud.
+    """
+    if (home_folder(None) / SETTINGS).exists():
+        with at_home(None) as institution:
+            institution.log.append([Entry(kind="consent", job=None, body=change)])
 
 
 def _existing(store: Path) -> ConsentStore:

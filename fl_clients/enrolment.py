@@ -1,7 +1,7 @@
-"""How an institution gets a home and joins a federation.
+"""How an institution joins a federation: its keys of node and lane, and what it learns about the coordinator.
 
-    HOME    institution.toml  identity.key  node/{node.key,node.pub}  tls/{root.crt,lane.crt,lane.key}
-            trusted.yaml  federation.toml
+    HOME    (institution.py)  node/{node.key,node.pub}  tls/{root.crt,lane.crt,lane.key}
+            trusted.yaml  federation.toml  logs/  run/
 Guarantee: private keys are made here and never leave; the coordinator's certificate is checked against the CA of the
 invitation, its answer against the identity of the invitation; the SuperNode will run one bundle (app_bundle.py).
 Against: anyone on the network, and a coordinator that wants to run other code here.
@@ -28,15 +28,18 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fl_clients import tls
+from fl_clients import institution, tls
 from fl_clients.app_bundle import Approval, approve, bundle_hash
-from fl_clients.invite import JOIN_PATH, LARGEST, JoinRequest, Role, read_answer, read_invite, sign
+from fl_clients.contract import Role
+from fl_clients.institution import IDENTITY, SETTINGS
+from fl_clients.invite import JOIN_PATH, LARGEST, JoinRequest, read_answer, read_invite, sign
+from fl_clients.passphrase import institution_passphrase
 from privacy.errors import Refused
 from privacy.identity import SigningIdentity, fingerprint
 from privacy.private_file import private_folder, read_private, write_private
 
 LEAST_DISK = 2_000_000_000
-"""Bytes that must be free in the home: checkpoints of a job of 100 000 enterprises take about a quarter of it."""
+"""Bytes that must be free in the home: audit log, ledger and Flower's own files grow in it."""
 
 
 class Federation(BaseModel):
@@ -67,16 +70,6 @@ class Joined:
     ca: str
 
 
-def make_home(home: Path, name: str, role: Role) -> None:
-    """A home with a fresh identity and node keys. An existing one is `Refused`: its identity would be lost."""
-    if (home / "institution.toml").exists() or (home / "identity.key").exists():
-        raise Refused(f"{home} is the home of an institution already; choose another folder")
-    private_folder(home)
-    SigningIdentity.generate().save(home / "identity.key")
-    make_node_keys(home)
-    write_private(home / "institution.toml", tomli_w.dumps({"name": name, "role": role}).encode())
-
-
 def make_node_keys(home: Path) -> None:
     """Keys of the SuperNode and of the lane; existing ones stay."""
     for folder in ("node", "tls", "logs", "run"):
@@ -90,8 +83,9 @@ def make_node_keys(home: Path) -> None:
 
 
 def name_and_role(home: Path) -> tuple[str, str]:
+    """Of the institution of a home, without opening its stores."""
     try:
-        settings = tomllib.loads((home / "institution.toml").read_text(encoding="utf-8"))
+        settings = tomllib.loads((home / SETTINGS).read_text(encoding="utf-8"))
         return str(settings["name"]), str(settings["role"])
     except (FileNotFoundError, KeyError, tomllib.TOMLDecodeError):
         raise Refused(f"{home} is no home of an institution; make one with `xinyi-node init`") from None
@@ -111,15 +105,15 @@ def federation_of(home: Path) -> Federation:
 def join(home: Path, invitation: bytes, now: datetime) -> Joined:
     """Join the federation of an invitation; makes the home where there is none. Asked again, it renews the answer."""
     invite = read_invite(invitation, now)
-    if not (home / "institution.toml").exists():
-        make_home(home, invite.name, invite.role)
+    if not (home / SETTINGS).exists():
+        institution.create(home, invite.name, invite.role)
     name, role = name_and_role(home)
     if (name, role) != (invite.name, invite.role):
         raise Refused(
             f"the invitation is for {invite.name!r} ({invite.role}), this home is of {name!r} ({role}); use its own"
         )
     make_node_keys(home)
-    identity = SigningIdentity.load(home / "identity.key")
+    identity = SigningIdentity.load(home / IDENTITY, institution_passphrase(home))
     lane_key = _lane_key(home)
     approval = approve(now)
     request = sign(

@@ -16,8 +16,9 @@ from fl_clients.contract import Contract
 from fl_clients.data import AlignedRows, Bool, OwnerData
 from fl_clients.matching import Matching, announced_size, without_revoked
 from fl_clients.protocol import Audience, Letter, Request, Step, StepKind
+from fl_clients.roster import Roster
 from fl_clients.session import Session
-from fl_clients.vault import Outgoing
+from fl_clients.vault import Openings, Outgoing
 from models import scorecard
 from models.binning import Tower, cells, fit_column
 from models.fixed_point import RESIDUAL_BITS
@@ -68,6 +69,11 @@ class FeatureOwner:
 
     def __repr__(self) -> str:
         return f"FeatureOwner({self._name!r})"
+
+    @property
+    def roster(self) -> Roster:
+        """Everyone's announcements; `Refused` before they are there."""
+        return self._session.roster
 
     def perform(self, step: Step, request: Request) -> Outgoing:
         outgoing = self._perform(step, request)
@@ -142,7 +148,20 @@ class FeatureOwner:
         self._weights = np.zeros(bins, np.int64)
         self._step = np.zeros(bins, np.int64)
         letters = [session.letter(request, bank, {"bins": bins}) for bank in request.participants]
-        return Outgoing(letters=tuple(letters))
+        return Outgoing(letters=tuple(letters), openings=self._openings())
+
+    def _openings(self) -> tuple[Openings, ...]:
+        """What the banks will see of scores: each round of every known training row, the held-out rows once."""
+
+        def known(kind: str, times: int, rows: list[Int64]) -> Openings:
+            index = np.concatenate(rows)
+            return Openings(kind=kind, ids=[self._data.ids[at] for at in index[index >= 0].tolist()], times=times)
+
+        aligned = self._aligned.values()
+        return (
+            known("noised direction", self._contract.model.rounds, [one.training for one in aligned]),
+            known("exact score", 1, [one.held_out for one in aligned]),
+        )
 
     def _check_sharing(self) -> None:
         """With epsilon no enterprise may be known to more banks than the noise was made for."""

@@ -322,6 +322,17 @@ def sign_opening(opening: Opening, contract: Contract, identity: SigningIdentity
     return bytes(msgpack.packb([body, identity.sign(_OPENING, body)]))
 
 
+def contract_named(data: bytes) -> bytes:
+    """Hash of the contract that an opening says it belongs to: to find it. Nothing is checked by this."""
+    try:
+        job = msgpack.unpackb(msgpack.unpackb(data, max_bin_len=4096)[0])[0]
+    except Exception:
+        job = None
+    if not isinstance(job, bytes):
+        raise Refused("the opening of a lane has the wrong form; the coordinator's program is another version")
+    return job
+
+
 def read_opening(data: bytes, contract: Contract, party: str) -> Opening:
     """`Refused` unless the contract's coordinator signed it for this job and party."""
     try:

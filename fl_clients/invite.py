@@ -10,15 +10,15 @@ the request's hash. Nothing else that is said over this channel is trusted: cont
 import hashlib
 import json
 from datetime import datetime
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fl_clients.app_bundle import Approval
+from fl_clients.contract import Role
 from privacy.errors import Refused
 from privacy.identity import SigningIdentity, verify
 
-Role = Literal["bank", "pboc", "public_credit"]
 NAME = r"^[a-z][a-z0-9_-]{0,40}$"
 HEX32 = r"^[0-9a-f]{64}$"
 LARGEST = 64 * 1024

@@ -36,7 +36,7 @@ from fl_clients.frames import (
     sign_proof,
     unpack,
 )
-from fl_clients.vault import NotSavedError, VaultFailedError
+from fl_clients.vault import VaultFailedError
 from privacy.errors import Refused
 from privacy.identity import SigningIdentity
 
@@ -44,7 +44,6 @@ LOGGER = logging.getLogger(__name__)
 
 GIVE_UP_S = 3600.0
 _LONGEST_PAUSE_S = 5.0
-_DISK_PAUSE_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -132,19 +131,14 @@ class Lane:
                 self._link.send(pack_reply(request, False, str(error).encode()))
 
     def _answer(self, data: bytes) -> tuple[bool, bytes]:
-        while True:
-            try:
-                return True, self._handle(data)
-            except NotSavedError as error:
-                # the disk may be freed meanwhile; nothing has left
-                LOGGER.error("%s: %s", self._opening.party, error)
-                if self._over.wait(_DISK_PAUSE_S):
-                    return False, str(error).encode()
-            except VaultFailedError as error:
-                return False, f"its vault failed ({error})".encode()
-            except Exception as error:
-                LOGGER.exception("%s: the vault's service failed", self._opening.party)
-                return False, f"its vault failed ({type(error).__name__})".encode()
+        try:
+            return True, self._handle(data)
+        except VaultFailedError as error:
+            return False, f"its vault failed ({error})".encode()
+        except Exception as error:
+            # the message may quote a value: only the kind of error leaves
+            LOGGER.error("%s: the vault's service failed: %s", self._opening.party, type(error).__name__)
+            return False, f"its vault failed ({type(error).__name__})".encode()
 
     def _connect_again(self) -> None:
         pause, since = 0.1, time.monotonic()

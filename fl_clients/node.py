@@ -20,6 +20,7 @@ from pathlib import Path
 from fl_clients import enrolment, tls
 from fl_clients.app_bundle import bundle_hash
 from fl_clients.processes import Program, Supervisor, environment, program, running_supervisor, stop_on_signals
+from fl_clients.vault_host import unattended_passphrase
 from privacy.errors import Refused
 from privacy.private_file import private_folder, write_private
 
@@ -83,6 +84,7 @@ def run(home: Path, vault: Sequence[str], say: Callable[[str], None], clock: Cal
     """Run the institution's node in the foreground until SIGTERM or SIGINT; waits for a coordinator that is not up."""
     if (pid := running_supervisor(_status_file(home))) is not None:
         raise Refused(f"the node of {home} runs already (process {pid}); stop it with `xinyi-node down`")
+    unattended_passphrase(home)
     supervisor = Supervisor(programs(home, vault, _free_port()), status=_status_file(home), say=say)
     stop_on_signals(supervisor)
     federation = enrolment.federation_of(home)

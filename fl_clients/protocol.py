@@ -16,14 +16,14 @@ from typing import Any, Literal
 
 import msgpack
 
-from fl_clients.contract import Contract
+from fl_clients.contract import Contract, Receiver, ReleaseName
 from models.line_search import INNER_STEPS
 from models.shared_bins import LEVELS
 from privacy.errors import Refused
 from privacy.identity import SigningIdentity, verify
 
 Audience = Literal["banks", "owners", "all"]
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class StepKind(StrEnum):
@@ -45,6 +45,7 @@ class StepKind(StrEnum):
     EVALUATE = "evaluate"
     RELEASE = "release"
     CLOSE = "close"
+    CERTIFY = "certify"
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -98,8 +99,51 @@ def schedule(contract: Contract) -> tuple[Exchange, ...]:
         single(StepKind.EVALUATE, "banks"),
         single(StepKind.RELEASE, "banks"),
         single(StepKind.CLOSE, "all"),
+        single(StepKind.CERTIFY, "all"),
     ]
     return tuple(exchanges)
+
+
+def released_in(kind: StepKind) -> tuple[tuple[ReleaseName, Receiver], ...]:
+    """What a step lets out, to whom: the contract must list each. Keys, proofs, uniform values are no release."""
+    match kind:
+        case StepKind.JOIN:
+            return ("row_counts", "coordinator"), ("row_counts", "banks"), ("row_counts", "owners")
+        case StepKind.MATCH:
+            return ("alignment", "banks"), ("alignment", "owners")
+        case StepKind.PREPARE:
+            return (("row_counts", "banks"),)
+        case StepKind.BINS | StepKind.CROSS_TAB | StepKind.SEARCH:
+            return (("bank_sums", "banks"),)
+        case StepKind.RESIDUAL:
+            return ("bank_sums", "banks"), ("owner_sums", "owners")
+        case StepKind.OPEN | StepKind.FINISH:
+            return (("owner_sums", "owners"),)
+        case StepKind.DIRECTION:
+            return (("directions", "banks"),)
+        case StepKind.SCORE:
+            return (("scores", "banks"),)
+        case StepKind.EVALUATE:
+            return (("score_histogram", "banks"),)
+        case StepKind.RELEASE:
+            return (("score_histogram", "coordinator"),)
+        case StepKind.CLOSE:
+            return (("model_digest", "coordinator"),)
+        case StepKind.ROSTER | StepKind.AGGREGATE | StepKind.CERTIFY:
+            return ()
+
+
+def ends_stage(step: Step) -> bool:
+    """After these steps a party's signed tree head goes round: roster, alignment, each round, evaluation, the end."""
+    match step.kind:
+        case StepKind.ROSTER | StepKind.DIRECTION | StepKind.SCORE | StepKind.EVALUATE | StepKind.CLOSE:
+            return True
+        case StepKind.MATCH:
+            return step.index == 3
+        case StepKind.SEARCH:
+            return step.index == INNER_STEPS
+        case _:
+            return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,11 +186,21 @@ class Request:
     participants: tuple[str, ...]
     letters: tuple[Letter, ...] = ()
     posts: tuple[Post, ...] = ()
+    use: int = 1
+    """Which run of the contract this is, from 1."""
     summed: bytes | None = None
     """Sum of the banks' ciphertexts of the previous secure sum, for banks."""
+    heads: tuple[dict[str, Any], ...] = ()
+    """Heads of the other parties' audit logs that this party has not been shown yet (fl_clients/witness.py)."""
+    certificate: bytes | None = None
+    """In the last step: the certificate's body, for every party to check and sign."""
 
     def __post_init__(self) -> None:
-        _check_types((self.step, *self.participants), self.attempt, (self.job, self.summed or b""))
+        _check_types(
+            (self.step, *self.participants), self.attempt, (self.job, self.summed or b"", self.certificate or b"")
+        )
+        if type(self.use) is not int or self.use < 1 or not all(isinstance(head, dict) for head in self.heads):
+            raise TypeError("a use is an integer from 1, a head is a map")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,10 +217,14 @@ class Reply:
     """This bank's ciphertext of a secure sum."""
     released: dict[str, Any] = field(default_factory=dict)
     """What the contract lets the coordinator see: row counts, pooled metrics, receipts."""
+    head: dict[str, Any] | None = None
+    """At the end of a stage: the head of this party's audit log, for the others (fl_clients/witness.py)."""
     refused: str | None = None
 
     def __post_init__(self) -> None:
         _check_types((self.step, self.party, self.refused or ""), self.attempt, (self.job, self.summand or b""))
+        if not isinstance(self.head, dict | None):
+            raise TypeError("a head is a map")
 
 
 def _check_types(texts: tuple[object, ...], attempt: object, blobs: tuple[object, ...]) -> None:
@@ -185,32 +243,41 @@ _MAIL = {"letters": Letter, "posts": Post}
 
 def _fields(message: Any) -> dict[str, Any]:
     """Dataclass to plain dict without copying byte strings (dataclasses.asdict copies every one)."""
-    plain = dict(vars(message))
+    plain = {name: value for name, value in vars(message).items() if name != "head"}
     for name in _MAIL:
         if name in plain:
             plain[name] = [vars(mail) for mail in plain[name]]
     return plain
 
 
-def _encode(message: Request | Reply, context: bytes, identity: SigningIdentity) -> bytes:
-    body = bytes(msgpack.packb(_fields(message), use_bin_type=True))
-    return bytes(msgpack.packb([PROTOCOL_VERSION, body, identity.sign(context, hashlib.sha256(body).digest())]))
+def _body(message: Request | Reply) -> bytes:
+    return bytes(msgpack.packb(_fields(message), use_bin_type=True))
+
+
+def _encode(body: bytes, context: bytes, identity: SigningIdentity, head: dict[str, Any] | None = None) -> bytes:
+    return bytes(msgpack.packb([PROTOCOL_VERSION, body, identity.sign(context, _signed(body, head)), head]))
+
+
+def _signed(body: bytes, head: Any) -> bytes:
+    return hashlib.sha256(body).digest() + hashlib.sha256(bytes(msgpack.packb(head))).digest()
 
 
 def _decode(kind: type[Any], data: bytes, context: bytes, identity: bytes, sender: str) -> Any:
     try:
-        version, body, signature = msgpack.unpackb(data, max_bin_len=1 << 31)
+        version, body, signature, head = msgpack.unpackb(data, max_bin_len=1 << 31)
         if not isinstance(body, bytes) or not isinstance(signature, bytes):
             raise TypeError("body and signature must be byte strings")
     except Exception:
         raise Refused(f"a message of {sender} is no protocol message ({len(data)} bytes); send it again") from None
     if version != PROTOCOL_VERSION:
         raise Refused(f"{sender} speaks protocol version {version}, we speak {PROTOCOL_VERSION}; update the older one")
-    verify(identity, context, hashlib.sha256(body).digest(), signature)
+    verify(identity, context, _signed(body, head), signature)
     try:
         plain = msgpack.unpackb(body, max_bin_len=1 << 31)
         for name, mail in _MAIL.items():
             plain[name] = tuple(mail(**_tuples(entry)) for entry in plain[name])
+        if kind is Reply:
+            plain["head"] = head
         return kind(**_tuples(plain))
     except (TypeError, KeyError, ValueError, AttributeError):
         raise Refused(
@@ -223,7 +290,20 @@ def _tuples(plain: dict[str, Any]) -> dict[str, Any]:
 
 
 def encode_request(request: Request, coordinator: SigningIdentity) -> bytes:
-    return _encode(request, _REQUEST, coordinator)
+    return _encode(_body(request), _REQUEST, coordinator)
+
+
+def address_of(data: bytes) -> tuple[bytes, str]:
+    """(hash of the contract, name of the step) that a request says it is for: to find its vault. Nothing is checked."""
+    try:
+        _, body, _, _ = msgpack.unpackb(data, max_bin_len=1 << 31)
+        plain = msgpack.unpackb(body, max_bin_len=1 << 31)
+        job, step = plain["job"], plain["step"]
+    except Exception:
+        job = step = None
+    if not isinstance(job, bytes) or not isinstance(step, str):
+        raise Refused(f"a message of {len(data)} bytes is no step of a job; the coordinator's program is another one")
+    return job, step
 
 
 def decode_request(data: bytes, contract: Contract) -> Request:
@@ -237,8 +317,14 @@ def decode_request(data: bytes, contract: Contract) -> Request:
     return request
 
 
-def encode_reply(reply: Reply, identity: SigningIdentity) -> bytes:
-    return _encode(reply, _REPLY, identity)
+def reply_body(reply: Reply) -> bytes:
+    """What is signed of a reply, and hashed into the audit log. The head is not in it: it covers that very entry."""
+    return _body(reply)
+
+
+def encode_reply(body: bytes, identity: SigningIdentity, head: dict[str, Any] | None = None) -> bytes:
+    """The reply as it travels; `body` from `reply_body`."""
+    return _encode(body, _REPLY, identity, head)
 
 
 def decode_reply(data: bytes, contract: Contract, party: str, request: Request) -> Reply:

@@ -8,26 +8,33 @@ from pathlib import Path
 
 import grpc
 
-from fl_clients.courier import CHANNEL_OPTIONS, HANDLE, LANE, WHO
-from fl_clients.vault import Vault
+from fl_clients.courier import CHANNEL_OPTIONS, HANDLE, LANE, WHO, Call
 from privacy.errors import Refused
 
 
 @contextmanager
-def serve(vault: Vault, socket: Path, open_lane: Callable[[bytes], None] | None = None) -> Iterator[None]:
-    """Serve one vault while the context is open; steps are handled one at a time.
+def serve(party: str, handle: Call, socket: Path, open_lane: Callable[[bytes], None] | None = None) -> Iterator[None]:
+    """Serve a party's vault while the context is open; steps are handled one at a time.
 
-    `open_lane`: takes the coordinator's signed opening, returns at once, raises `Refused` (`LaneOpener`).
+    `handle` may raise `Refused`: the caller gets its line. `open_lane`: takes the coordinator's signed opening and
+    returns at once, or raises `Refused`; None: every step comes as a message.
     """
+
+    def step(request: bytes, context: grpc.ServicerContext) -> bytes:
+        try:
+            return handle(request)
+        except Refused as refused:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(refused))
+            raise
 
     def lane(request: bytes, context: grpc.ServicerContext) -> bytes:
         try:
             if open_lane is None:
                 raise Refused("this vault has no lane; its steps come as messages")
             open_lane(request)
-        except Refused as error:
-            context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
-        return vault.party.encode()
+        except Refused as refused:
+            context.abort(grpc.StatusCode.PERMISSION_DENIED, str(refused))
+        return party.encode()
 
     server = grpc.server(ThreadPoolExecutor(max_workers=1), options=CHANNEL_OPTIONS)
 
@@ -39,9 +46,9 @@ def serve(vault: Vault, socket: Path, open_lane: Callable[[bytes], None] | None 
             grpc.method_handlers_generic_handler(
                 "xinyi.Vault",
                 {
-                    method(HANDLE): grpc.unary_unary_rpc_method_handler(lambda request, _: vault.handle(request)),
+                    method(HANDLE): grpc.unary_unary_rpc_method_handler(step),
                     method(LANE): grpc.unary_unary_rpc_method_handler(lane),
-                    method(WHO): grpc.unary_unary_rpc_method_handler(lambda request, _: vault.party.encode()),
+                    method(WHO): grpc.unary_unary_rpc_method_handler(lambda request, _: party.encode()),
                 },
             ),
         )

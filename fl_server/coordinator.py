@@ -8,14 +8,16 @@ party that refuses, a feature owner that dies, or too few banks stop the job wit
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
 
 import msgpack
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fl_clients.contract import Contract
+from fl_clients import certificate
+from fl_clients.contract import COORDINATOR, Contract, SignedContract
 from fl_clients.courier import from_record, to_record
 from fl_clients.protocol import (
     Audience,
@@ -32,18 +34,31 @@ from fl_clients.protocol import (
     verify_post,
 )
 from fl_clients.roster import Announcement, Roster
-from fl_server.job_state import JobState, Mail, StepRecord, read_state, write_state
+from privacy.audit_format import parse_canonical, utc_text
 from privacy.errors import Refused
 from privacy.identity import SigningIdentity
 from privacy.parameters import choose_sum
 from privacy.secure_sum import add_ciphertexts
 
-COORDINATOR = "coordinator"
 STEP_TIMEOUT_S = 600.0
 
 
 class JobStoppedError(Exception):
     """The job cannot go on: one line that names the party and says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """What one step cost. Seconds are wall time at the coordinator, bytes those of the messages."""
+
+    step: str
+    attempt: int
+    audience: Audience
+    participants: tuple[str, ...]
+    messages: int
+    seconds: float
+    bytes_out: int
+    bytes_in: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +71,8 @@ class Outcome:
     steps: tuple[StepRecord, ...]
     bytes_by_pair: Mapping[tuple[str, str], int]
     participants: tuple[str, ...]
+    certificate: Mapping[str, Any]
+    """{"body": ..., "signatures": ...}, checked: signed by every party that was there to the end."""
 
 
 Watch = Callable[[int, int, str], None]
@@ -85,6 +102,18 @@ def find_parties(grid: Grid, contract: Contract, wait_s: float = 60.0) -> dict[s
         time.sleep(0.2)
 
 
+@dataclass
+class _Mail:
+    """Mail on its way, and the sum to hand out next."""
+
+    letters: list[Letter] = field(default_factory=list)
+    posts: list[Post] = field(default_factory=list)
+    summed: bytes | None = None
+
+    def copy(self) -> "_Mail":
+        return _Mail(list(self.letters), list(self.posts), self.summed)
+
+
 class Coordinator:
     """One job from first to last step."""
 
@@ -92,109 +121,106 @@ class Coordinator:
         self,
         *,
         grid: Grid,
-        contract: Contract,
+        signed: SignedContract,
         identity: SigningIdentity,
+        use: int = 1,
         watch: Watch = lambda done, total, step: None,
         timeout_s: float = STEP_TIMEOUT_S,
-        folder: Path | None = None,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        """`folder`: where the state is kept after every exchange, to go on from after a restart; None: nowhere."""
+        contract = signed.contract
         if identity.public.hex() != contract.coordinator_identity:
             raise JobStoppedError("the contract names another coordinator; use the identity it was written for")
+        try:
+            signed.check_all()
+        except Refused as error:
+            raise JobStoppedError(str(error)) from None
         self._grid = grid
+        self._signed = signed
+        self._use = use
+        self._clock = clock
         self._contract = contract
         self._identity = identity
         self._watch = watch
         self._timeout_s = timeout_s
         self._owners = tuple(owner.name for owner in contract.owners)
         self._participants = tuple(bank.name for bank in contract.banks)
-        self._mail = Mail()
+        self._mail = _Mail()
         self._steps: list[StepRecord] = []
         self._pairs: Counter[tuple[str, str]] = Counter()
         self._announcements: dict[str, Announcement] = {}
-        self._receipts: dict[str, str] = {}
+        self._models: dict[str, str] = {}
+        self._receipts: dict[str, Mapping[str, Any]] = {}
+        self._heads: dict[str, Mapping[str, Any]] = {}
+        self._unseen: dict[str, list[tuple[str, dict[str, Any]]]] = {party.name: [] for party in contract.parties}
+        """Receiver -> (sender, head) that it has not been shown yet, in order."""
+        self._certificate: bytes | None = None
+        self._signatures: dict[str, str] = {}
         self._reasons: dict[str, str] = {}
         self._histograms: list[tuple[int, ...]] = []
-        self._folder = folder
-        self._done = 0
-        self._attempt = 0
-        if folder is not None:
-            self._resume(folder)
-
-    def _resume(self, folder: Path) -> None:
-        """Take up a job where it was left."""
-        try:
-            state = read_state(folder, self._contract.hash)
-        except Refused as error:
-            raise JobStoppedError(str(error)) from None
-        if state is None:
-            return
-        self._done, self._attempt, self._participants = state.done, state.attempt, state.participants
-        self._mail, self._steps, self._pairs = state.mail, list(state.steps), state.pairs
-        self._announcements = {name: Announcement(**told) for name, told in state.announcements.items()}
-        self._receipts = dict(state.receipts)
-        self._histograms = list(state.histograms)
-
-    def _keep(self, mail: Mail) -> None:
-        """Write where the job stands: exchange `_done` is asked next, with this mail."""
-        if self._folder is None:
-            return
-        state = JobState(
-            done=self._done,
-            attempt=self._attempt,
-            participants=self._participants,
-            mail=mail,
-            steps=tuple(self._steps),
-            pairs=self._pairs,
-            announcements={name: asdict(told) for name, told in self._announcements.items()},
-            receipts=self._receipts,
-            histograms=tuple(self._histograms),
-        )
-        try:
-            write_state(self._folder, self._contract.hash, state)
-        except OSError as error:
-            raise JobStoppedError(
-                f"the coordinator cannot write its state to {self._folder} ({error.strerror}); free disk space and "
-                "start the job again: it goes on from the last finished step"
-            ) from None
 
     def run(self) -> Outcome:
         """Drive every step; `JobStoppedError` when the job cannot go on."""
         self._nodes = find_parties(self._grid, self._contract)
         exchanges = schedule(self._contract)
-        for done, exchange in enumerate(exchanges[self._done :], start=self._done):
+        for done, exchange in enumerate(exchanges):
             self._watch(done, len(exchanges), exchange[0].step.name)
             self._run_exchange(exchange)
-            self._done, self._attempt = done + 1, 0
-            self._keep(self._mail)
         self._watch(len(exchanges), len(exchanges), "done")
         if not self._histograms or len(set(self._histograms)) != 1:
             raise JobStoppedError("the banks released different pooled histograms; one of them is wrong")
         return Outcome(
             roster=Roster(self._contract, self._announcements),
             histogram=self._histograms[0],
-            receipts=self._receipts,
+            receipts=self._models,
             steps=tuple(self._steps),
             bytes_by_pair=dict(self._pairs),
             participants=self._participants,
+            certificate=self._signed_certificate(),
         )
+
+    def _write_certificate(self) -> bytes:
+        """The body that every party checks and signs in the last step."""
+        present = {*self._participants, *self._owners}
+        return certificate.body_of(
+            signed=self._signed,
+            roster=Roster(self._contract, self._announcements),
+            use=self._use,
+            participants=self._participants,
+            receipts={name: receipt for name, receipt in self._receipts.items() if name in present},
+            heads={name: head for name, head in self._heads.items() if name in present},
+            finished=utc_text(self._clock()),
+        )
+
+    def _signed_certificate(self) -> dict[str, Any]:
+        if self._certificate is None:
+            raise JobStoppedError("the job ended without a certificate")
+        mine = certificate.sign_body(self._certificate, self._identity)
+        signatures = {COORDINATOR: mine, **self._signatures}
+        whole = {"body": parse_canonical(self._certificate), "signatures": signatures}
+        try:
+            certificate.check(whole)
+        except Refused as error:
+            raise JobStoppedError(f"the certificate does not hold: {error}") from None
+        return whole
 
     def _run_exchange(self, exchange: Exchange) -> None:
         before = self._mail.copy()
+        attempt = 0
         while True:
             summands: dict[str, bytes] = {}
             lost: list[str] = []
+            if exchange[0].step.kind is StepKind.CERTIFY:
+                self._certificate, self._signatures = self._write_certificate(), {}
             for scheduled in exchange:
-                lost = self._run_step(scheduled.step, scheduled.audience, self._attempt, summands)
+                lost = self._run_step(scheduled.step, scheduled.audience, attempt, summands)
                 if lost:
                     break
             if not lost:
                 break
             self._drop(lost, exchange)
             self._mail = before.copy()
-            self._attempt += 1
-            # before the survivors are asked: after a restart nobody is asked with the longer list again
-            self._keep(before)
+            attempt += 1
         if summands:
             try:
                 ordered = [summands[bank] for bank in self._participants]
@@ -294,12 +320,17 @@ class Coordinator:
             participants=self._participants,
             letters=tuple(x for x in self._mail.letters if x.receiver == party and x.sender in present),
             posts=tuple(x for x in self._mail.posts if x.audience in (side, "all") and x.sender in present),
+            use=self._use,
             summed=self._mail.summed if is_bank else None,
+            heads=tuple(head for sender, head in self._unseen[party] if sender in present),
+            certificate=self._certificate,
         )
 
     def _take_delivered(self, parties: Iterable[str]) -> None:
         """What was handed out is not handed out again (a void exchange starts from its own copy)."""
         receivers = set(parties)
+        for party in parties:
+            self._unseen[party] = []
         sides = {"banks"} if receivers & set(self._participants) else set()
         sides |= {"owners"} if receivers & set(self._owners) else set()
         self._mail.letters = [letter for letter in self._mail.letters if letter.receiver not in receivers]
@@ -347,7 +378,15 @@ class Coordinator:
         if step.kind is StepKind.RELEASE:
             self._histograms.append(tuple(reply.released["histogram"]))
         if step.kind is StepKind.CLOSE:
-            self._receipts[reply.party] = str(reply.released["model"])
+            self._models[reply.party] = str(reply.released["model"])
+            self._receipts[reply.party] = dict(reply.released["receipt"])
+        if step.kind is StepKind.CERTIFY:
+            self._signatures[reply.party] = str(reply.released["signature"])
+        if reply.head is not None:
+            self._heads[reply.party] = reply.head["head"]
+            for receiver, heads in self._unseen.items():
+                if receiver != reply.party:
+                    heads.append((reply.party, reply.head))
 
     def _count(self, source: str, target: str, size: int, relayed: Iterable[Letter | Post] = ()) -> None:
         """Bytes by pair: what was relayed to a party counts from its author, the rest from whom it came on the wire."""

@@ -1,6 +1,6 @@
 """The coordinator's home and who belongs to the federation: CA, invitations, members, revocation.
 
-    HOME    server.toml  identity.key  ca/{ca.crt,ca.key}  tls/{server.crt,server.key,root.crt}  members.json  logs/
+    HOME    (job_folder.py)  server.toml  ca/{ca.crt,ca.key}  tls/{server.crt,server.key,root.crt}  members.json  logs/
 Guarantee: a token lets one institution join once, under the invited name, before it expires; a revoked member is
 refused at the next call. The book holds public keys and the hashes of tokens, never a token. Against: outsiders and
 former members. Not against: the coordinator itself, which may enrol whom it likes: contracts name the identities.
@@ -34,16 +34,15 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fl_clients.app_bundle import Approval, bundle_hash
-from fl_clients.invite import NAME, Invite, JoinAnswer, JoinRequest, Role, request_hash, sign
+from fl_clients.contract import Role
+from fl_clients.invite import NAME, Invite, JoinAnswer, JoinRequest, request_hash, sign
 from fl_clients.tls import key_pem, new_key
+from fl_server.job_folder import coordinator_identity, create_server_home
 from privacy.errors import Refused
-from privacy.identity import SigningIdentity
 from privacy.private_file import private_folder, read_private, write_private
 
-HOME_VARIABLE = "XINYI_SERVER_HOME"
-DEFAULT_HOME = Path("~/.xinyi-server")
 CA_DAYS, CERTIFICATE_DAYS, INVITE_DAYS = 3650, 397, 7
-LOOPBACK = "127.0.0.1"
+LOOPBACK, EVERYWHERE = "127.0.0.1", "0.0.0.0"  # noqa: S104 the public port is meant to be public; the guard stands behind it
 
 
 class Settings(BaseModel):
@@ -54,7 +53,7 @@ class Settings(BaseModel):
     federation: str = Field(min_length=1, max_length=80)
     host: str = Field(min_length=1, max_length=255)
     """The name or address under which the institutions reach the coordinator."""
-    bind: str = "0.0.0.0"  # noqa: S104 the public port is meant to be public; the guard stands behind it
+    bind: str = EVERYWHERE
     fleet_port: int = Field(default=9443, ge=1, le=65535)
     lane_port: int = Field(default=9444, ge=1, le=65535)
     private_port: int = Field(default=9445, ge=1, le=65535)
@@ -100,11 +99,6 @@ class Book(BaseModel):
         return tuple(member for member in self.members if member.revoked is None)
 
 
-def home_folder(given: Path | None) -> Path:
-    """The option, else the environment's, else ~/.xinyi-server; absolute."""
-    return (given or Path(os.environ.get(HOME_VARIABLE, str(DEFAULT_HOME)))).expanduser().absolute()
-
-
 def create(home: Path, settings: Settings, now: datetime, given: tuple[Path, Path, Path] | None = None) -> None:
     """Make a coordinator's home: identity, CA, TLS certificate of `settings.host`, SuperExec secret.
 
@@ -113,9 +107,9 @@ def create(home: Path, settings: Settings, now: datetime, given: tuple[Path, Pat
     """
     if (home / "server.toml").exists():
         raise Refused(f"{home} is the home of a coordinator already; choose another folder")
-    for folder in ("", "ca", "tls", "superlink", "logs", "invites", "jobs"):
+    create_server_home(home)
+    for folder in ("ca", "tls", "superlink", "logs", "invites"):
         private_folder(home / folder)
-    SigningIdentity.generate().save(home / "identity.key")
     ca_key = new_key()
     ca = _certificate(f"{settings.federation} CA", ca_key.public_key(), None, ca_key, now, CA_DAYS)
     write_private(home / "ca" / "ca.key", key_pem(ca_key))
@@ -166,13 +160,11 @@ def settings_of(home: Path) -> Settings:
         raise Refused(f"{home / 'server.toml'}: {str(error).splitlines()[0]}; correct it") from None
 
 
-def identity_of(home: Path) -> SigningIdentity:
-    return SigningIdentity.load(home / "identity.key")
-
-
 def read_book(home: Path) -> Book:
+    if not (home / "members.json").exists():
+        raise Refused(f"{home} is no home of a coordinator; make one with `xinyi-server init`")
     try:
-        return Book.model_validate_json(read_private(home / "members.json"))
+        return Book.model_validate_json((home / "members.json").read_bytes())
     except ValidationError as error:
         raise Refused(f"{home / 'members.json'} is damaged ({error.error_count()} errors); restore a backup") from None
 
@@ -194,7 +186,7 @@ def _save(home: Path, book: Book) -> None:
 
 def invite(home: Path, name: str, role: Role, now: datetime, days: int = INVITE_DAYS) -> Path:
     """Write an invitation (SECRET until used) and return its file. It replaces an open one of the same name."""
-    settings, identity = settings_of(home), identity_of(home)
+    settings, identity = settings_of(home), coordinator_identity(home)
     token = secrets.token_hex(32)
     expires = now + timedelta(days=days)
     try:
@@ -304,7 +296,7 @@ def _answer(home: Path, request: JoinRequest, node_id: str, now: datetime) -> Jo
     answer = JoinAnswer(
         request=request_hash(request), node_id=node_id, certificate=certificate.public_bytes(Encoding.PEM).decode()
     )
-    return sign(answer, identity_of(home))
+    return sign(answer, coordinator_identity(home))
 
 
 def revoke(home: Path, name: str, now: datetime) -> Member:

@@ -13,7 +13,7 @@ import os
 import ssl
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -43,7 +43,7 @@ from fl_clients.frames import (
     unpack,
     unpack_reply,
 )
-from fl_server.coordinator import JobStoppedError, find_parties
+from fl_server.coordinator import JobStoppedError
 from privacy.identity import SigningIdentity
 
 LOGGER = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ LOGGER = logging.getLogger(__name__)
 NO_ANSWER = 3
 """Code of the error reply for a party that did not answer in time (Flower's MESSAGE_UNAVAILABLE)."""
 FAILED = 2
+REVOKED = "revoked by the coordinator"
 _SPARE_STREAMS = 8
 
 
@@ -93,10 +94,17 @@ class _Party:
 class LaneGrid(Grid):
     """A job's parties as Flower nodes 1, 2, ... in the order of the contract."""
 
-    def __init__(self, contract: Contract, identity: SigningIdentity, session: bytes | None = None) -> None:
+    def __init__(
+        self, contract: Contract, identity: SigningIdentity, admitted: Callable[[str], bool] = lambda party: True
+    ) -> None:
+        """`admitted`: whether a party may connect and be asked, as of now (a member may be revoked while a job runs).
+
+        Without it every party of the contract is: the contract names the identities.
+        """
         self._contract = contract
         self._identity = identity
-        self.session = session or os.urandom(32)
+        self._admitted = admitted
+        self.session = os.urandom(32)
         self._changed = threading.Condition()
         self._parties = {party.name: _Party(party.name, self._changed) for party in contract.parties}
         self._names = dict(enumerate(self._parties, start=1))
@@ -159,6 +167,9 @@ class LaneGrid(Grid):
             if message.metadata.message_type == "query.who":
                 # the handshake proved it
                 replies.append(Message(RecordDict({"who": ConfigRecord({"party": party.name})}), reply_to=message))
+            elif not self._admitted(party.name):
+                party.link.end(REVOKED)
+                replies.append(Message(Error(FAILED, REVOKED), reply_to=message))
             else:
                 asked.append((message, party, party.ask(from_record(message.content))))
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -198,6 +209,8 @@ class LaneGrid(Grid):
             known_party = name in self._parties
             if version != VERSION or job != self._contract.hash or session != self.session or not known_party:
                 raise LaneError("a stream for another job, session, party or version")
+            if not self._admitted(name):
+                raise LaneError(f"{name}: {REVOKED}")
             party = self._parties[name]
             mine = party.link.position
             challenge: list[Any] = [os.urandom(32), party.link.instance, *mine, b""]
@@ -268,20 +281,26 @@ def _identify() -> None:
         TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
 
 
-def open_lanes(control: Grid, lane: LaneGrid, address: str, wait_s: float = 60.0) -> None:
+def open_lanes(control: Grid, lane: LaneGrid, address: str, nodes: Mapping[str, int], wait_s: float = 60.0) -> None:
     """Ask every party's vault over Flower (`control`) to open its lane; each message returns at once.
 
-    `JobStoppedError` names who is not there or refuses. Asked again (a restart), an open lane changes nothing.
+    `nodes`: party -> node, from the coordinator's own book. `JobStoppedError` names who is not there or refuses. Asked
+    again, an open lane changes nothing.
     """
-    nodes = find_parties(control, lane.contract, wait_s)
+    deadline = time.monotonic() + wait_s
+    while absent := sorted(set(nodes.values()) - set(control.get_node_ids())):
+        if time.monotonic() > deadline:
+            names = ", ".join(party for party, node in nodes.items() if node in absent)
+            raise JobStoppedError(f"not connected after {wait_s:.0f} s: {names}; look at `xinyi-node run` there")
+        time.sleep(0.2)
     messages = [
         Message(to_record(lane.opening(party, address)), dst_node_id=node, message_type="query.lane")
         for party, node in nodes.items()
     ]
-    names = {node: party for party, node in nodes.items()}
+    names_of = {node: party for party, node in nodes.items()}
     answered: dict[str, str] = {}
     for reply in control.send_and_receive(messages, timeout=wait_s):
-        party = names[reply.metadata.src_node_id]
+        party = names_of[reply.metadata.src_node_id]
         answered[party] = str(reply.error.reason) if reply.has_error() else ""
     for party in nodes:
         why = answered.get(party, "no answer")

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from fl_clients.contract import Contract
+from fl_clients.contract import COORDINATOR, Contract, SignedContract
 from fl_clients.roster import Roster
-from fl_server.coordinator import COORDINATOR, Outcome
+from fl_server.coordinator import Outcome
 from models.score_histogram import ScoreHistogram
 
 
@@ -110,9 +110,13 @@ def _pooled_metrics(histogram: ScoreHistogram, roster: Roster) -> dict[str, floa
     }
 
 
-def write_outcome(folder: Path, contract: Contract, outcome: Outcome) -> None:
+def write_outcome(folder: Path, signed: SignedContract, outcome: Outcome) -> None:
     """The coordinator's own record of a deployed job."""
-    figures = outcome_figures(contract, outcome)
     write_run(
-        folder, {"result.json": json.dumps(figures, indent=1), "contract.json": contract.model_dump_json(indent=1)}
+        folder,
+        {
+            "result.json": json.dumps(outcome_figures(signed.contract, outcome), indent=1),
+            "contract.json": signed.model_dump_json(indent=1),
+            "certificate.json": json.dumps(outcome.certificate, indent=1, ensure_ascii=False),
+        },
     )

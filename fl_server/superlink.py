@@ -20,6 +20,7 @@ import tomli_w
 from fl_clients.app_bundle import APP, VERSION
 from fl_clients.processes import Program, Supervisor, environment, program, running_supervisor, stop_on_signals
 from fl_server import enrolment
+from fl_server.job_folder import HOME_VARIABLE
 from privacy.errors import Refused
 from privacy.private_file import private_folder
 
@@ -43,7 +44,7 @@ def flower_environment(home: Path) -> dict[str, str]:
     """The environment of every Flower process and command of this coordinator."""
     settings = enrolment.settings_of(home)
     hub = f"http://{enrolment.LOOPBACK}:{settings.hub_port}/v1"
-    return environment(_flower_home(home), {"FLWR_SUPERGRID_API_URL": hub, enrolment.HOME_VARIABLE: str(home)})
+    return environment(_flower_home(home), {"FLWR_SUPERGRID_API_URL": hub, HOME_VARIABLE: str(home)})
 
 
 def programs(home: Path) -> list[Program]:
@@ -164,10 +165,9 @@ def unregister(home: Path, node_id: str) -> None:
     flwr(home, "supernode", "unregister", node_id, "loopback")
 
 
-def start_run(home: Path, *, contract: Path, out: Path) -> str:
-    """Start the job of a contract file on the connected nodes; returns Flower's run id."""
-    values = {"contract": str(contract), "identity": str(home / "identity.key"), "out": str(out)}
-    config = " ".join(f"{name}={json.dumps(value)}" for name, value in values.items())
+def start_run(home: Path, *, job: str, use: int) -> str:
+    """Start run number `use` of a job in the home, on the connected nodes; returns Flower's run id."""
+    config = f'job="{job}" use={use}'
     return str(flwr(home, "run", f"{APP}=={VERSION}", "loopback", "-c", config)["run-id"])
 
 

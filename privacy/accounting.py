@@ -12,7 +12,8 @@ Source: Bun, Steinke 2016 (zCDP); Mironov 2017, Canonne, Kamath, Steinke 2020 (c
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -33,7 +34,7 @@ SUMS_WEIGHT, BINS_WEIGHT, SEARCH_WEIGHT = 0.75, 0.10, 0.15
 """Shares of the training budget. The sums of v make the model, so they get most; the bins need only rough counts, and
 the line search is a few scalars. The same in every job: a contract sets epsilon only."""
 
-_ORDERS = 1 + np.geomspace(1e-2, 1e6, 800)  # the best order is about 1 + sqrt(log(1/delta) / rho)
+ORDERS = 1 + np.geomspace(1e-2, 1e6, 800)  # the best order is about 1 + sqrt(log(1/delta) / rho)
 _WEIGHT_SLACK = 1e-9
 _BISECTIONS = 100
 
@@ -78,14 +79,13 @@ class Release:
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """The noise of every release of a job. `stds`: by release name, in its units, of the noise that must remain after
-    colluding banks took theirs off. `extra`: attempts beyond the planned counts, each charged again."""
+    colluding banks took theirs off."""
 
     epsilon: float
     delta: float
     rho_total: float
     releases: tuple[Release, ...]
     stds: Mapping[str, float]
-    extra: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = [release.name for release in self.releases]
@@ -93,7 +93,6 @@ class Plan:
             raise Refused(
                 f"a plan needs one finite standard deviation above 0 for each of {names}, got {dict(self.stds)}"
             )
-        _check_attempts(self.extra, names)
 
     def rho(self, name: str) -> float:
         """zCDP of performing the release `name` once."""
@@ -103,23 +102,22 @@ class Plan:
         return (release.l2_sensitivity / self.stds[name]) ** 2 / 2
 
     def group_rho(self, group: Group) -> float:
-        """zCDP of everything that is released about the enterprises of a group, extra attempts included."""
-        return math.fsum(
-            (release.count + self.extra.get(release.name, 0)) * self.rho(release.name)
-            for release in self.releases
-            if release.group == group
-        )
+        """zCDP of everything that is planned to be released about the enterprises of a group."""
+        return math.fsum(release.count * self.rho(release.name) for release in self.releases if release.group == group)
 
     @property
     def job_rho(self) -> float:
         """What every bank's ledger pays: the largest group's rho, for nobody is in two groups."""
         return max(self.group_rho(group) for group in GROUPS)
 
-    def events(self, group: Group) -> Any:
-        """Everything that is released about the enterprises of a group, as a dp_accounting event."""
+    def events(self, group: Group, attempts: Mapping[str, int]) -> Any:
+        """Everything that is released about the enterprises of a group, as a dp_accounting event.
+
+        `attempts`: release name -> times beyond the plan.
+        """
         return ComposedDpEvent(
             [
-                SelfComposedDpEvent(ZCDpEvent(self.rho(release.name)), release.count + self.extra.get(release.name, 0))
+                SelfComposedDpEvent(ZCDpEvent(self.rho(release.name)), release.count + attempts.get(release.name, 0))
                 for release in self.releases
                 if release.group == group
             ]
@@ -137,9 +135,10 @@ def epsilon_of(events: Any, delta: float) -> float:
     """epsilon of a dp_accounting event at `delta`, by the RDP accountant (an upper bound)."""
     if not 0 < delta < 1:
         raise Refused(f"delta {delta} is outside (0, 1); the default is 1 / (10 n)")
-    return float(RdpAccountant(_ORDERS).compose(events).get_epsilon(delta))
+    return float(RdpAccountant(ORDERS).compose(events).get_epsilon(delta))
 
 
+@lru_cache(maxsize=64)  # the parties of a simulation, and a vault's certificate, ask for the same
 def rho_of(epsilon: float, delta: float) -> float:
     """The largest rho (to 1e-9 of it) whose epsilon at `delta` is at most `epsilon`; inverse of `epsilon_of`."""
     if not (math.isfinite(epsilon) and epsilon > 0):
@@ -189,20 +188,12 @@ def plan_job(epsilon: float, delta: float, releases: Sequence[Release]) -> Plan:
     return plan
 
 
-def spend(plan: Plan, name: str) -> Plan:
-    """The plan after one more attempt of release `name`: charged again, with the same noise. Nothing is refunded."""
-    plan.rho(name)
-    return replace(plan, extra={**plan.extra, name: plan.extra.get(name, 0) + 1})
-
-
 def epsilon_after(plan: Plan, attempts: Mapping[str, int]) -> float:
-    """epsilon of the plan when `attempts` more attempts (release name -> number) are added to those it has."""
+    """epsilon of the plan when `attempts` more attempts (release name -> number) are added: each is charged again."""
     _check_attempts(attempts, plan.stds)
-    extra = {name: plan.extra.get(name, 0) + attempts.get(name, 0) for name in plan.stds}
-    charged = replace(plan, extra=extra)
     groups = {release.group for release in plan.releases}
     # disjoint enterprises: nobody is in both groups, so nobody pays for both
-    return max(epsilon_of(charged.events(group), plan.delta) for group in groups)
+    return max(epsilon_of(plan.events(group, attempts), plan.delta) for group in groups)
 
 
 def scorecard_releases(

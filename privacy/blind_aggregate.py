@@ -118,29 +118,11 @@ class BankKey:
         public = sealapi.PublicKey()
         generator.create_public_key(public)
         self.public = seal_bytes.dump(public)
-        self._use(secret)
-
-    def _use(self, secret: Any) -> None:
-        self._secret = secret
         self._encryptor = sealapi.Encryptor(self._context, secret)
         self._decryptor = sealapi.Decryptor(self._context, secret)
 
     def __repr__(self) -> str:
         return "BankKey(secret)"
-
-    def secret_bytes(self) -> bytes:
-        """The secret key, only for the bank's own sealed checkpoint."""
-        return seal_bytes.dump(self._secret)
-
-    @classmethod
-    def restored(cls, parameters: BFVParameters, secret: bytes, public: bytes) -> "BankKey":
-        """The key pair again, from the bank's own checkpoint."""
-        key = cls.__new__(cls)
-        key.parameters = parameters
-        key._context = seal_bytes.make_context(parameters.degree, parameters.prime_bits, parameters.log_t)
-        key.public = public
-        key._use(seal_bytes.load(sealapi.SecretKey(), key._context, secret, "bank key"))
-        return key
 
     def encrypt(self, values: Int64, rows_per_ciphertext: int) -> bytes:
         """Encrypt int64[n] in blocks of N / rows_per_ciphertext (seed-compressed: 24 bytes a coefficient).

@@ -15,6 +15,7 @@ from pathlib import Path
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
     Encoding,
     NoEncryption,
     PrivateFormat,
@@ -43,8 +44,12 @@ class SigningIdentity:
         return cls(Ed25519PrivateKey.generate())
 
     @classmethod
-    def load(cls, path: Path) -> "SigningIdentity":
-        """Read an identity file. `Refused` if anybody but its owner may read or write it, or it is no Ed25519 key."""
+    def load(cls, path: Path, passphrase: bytes | None = None) -> "SigningIdentity":
+        """Read an identity file, encrypted where `passphrase` is given.
+
+        `Refused` if anybody but its owner may read or write it, it is no Ed25519 key, or the passphrase does not fit: a
+        plain file is refused as well when a passphrase is configured, for it is not the one that was made with it.
+        """
         try:
             # no following of links: the mode that is checked must be the mode of the file that is read
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
@@ -59,16 +64,27 @@ class SigningIdentity:
                 raise Refused(f"identity file {path} has mode {mode:04o}, at most 0600 is safe; chmod 600 {path}")
             data = file.read(_LARGEST_FILE)
         try:
-            key = load_pem_private_key(data, password=None)
-        except (ValueError, TypeError):
+            key = load_pem_private_key(data, password=passphrase)
+        except TypeError:
+            need = "is encrypted; give its passphrase" if passphrase is None else "is not encrypted, but should be"
+            raise Refused(f"identity file {path} {need}") from None
+        except ValueError:
+            if passphrase is not None and b"ENCRYPTED" in data:
+                raise Refused(f"identity file {path}: the passphrase does not fit") from None
             key = None
         if not isinstance(key, Ed25519PrivateKey):
             raise Refused(f"identity file {path} holds no Ed25519 private key; restore it from the backup")
         return cls(key)
 
-    def save(self, path: Path) -> None:
-        """Write the identity, mode 0600. An existing file is `Refused`: an overwritten identity is lost for good."""
-        pem = self._key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    def save(self, path: Path, passphrase: bytes | None = None) -> None:
+        """Write the identity, mode 0600, encrypted where a passphrase is given (PKCS #8, scrypt or PBKDF2 and AES-256).
+
+        An existing file is `Refused`: an overwritten identity is lost for good. So is an empty passphrase.
+        """
+        if passphrase == b"":
+            raise Refused("an empty passphrase protects nothing; give one, or none at all")
+        encryption = NoEncryption() if passphrase is None else BestAvailableEncryption(passphrase)
+        pem = self._key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except OSError as error:

@@ -110,10 +110,6 @@ class JobKeys:
         """A new key from the operating system's generator."""
         return cls(X25519PrivateKey.generate())
 
-    def private_bytes(self) -> bytes:
-        """The 32 secret bytes, only for the party's own sealed checkpoint."""
-        return self._key.private_bytes_raw()
-
     def derive(self, peer_public: bytes, *, job: bytes, purpose: bytes, info: bytes) -> bytes:
         """32 secret bytes that this party and the peer share, and nobody else; another purpose or info, other bytes.
 

@@ -11,52 +11,78 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from fl_clients import institution as homes
 from fl_clients.bank import Bank
-from fl_clients.contract import AlignmentTerms, ColumnTerms, Contract, ModelTerms, PartyTerms, PrivacyTerms
+from fl_clients.contract import (
+    COORDINATOR,
+    AlignmentTerms,
+    ColumnTerms,
+    Contract,
+    LabelTerms,
+    ModelTerms,
+    PartyTerms,
+    PrivacyTerms,
+    Role,
+    SignedContract,
+    all_releases,
+)
 from fl_clients.courier import SOCKET_FOLDER, client_app
 from fl_clients.courier import app as socket_courier
 from fl_clients.data import BankData, LabelledRows, OwnerData
 from fl_clients.feature_owner import FeatureOwner
-from fl_clients.vault import Vault
+from fl_clients.institution import Institution
+from fl_clients.vault import DataTerms, Vault
 from fl_clients.vault_service import serve
 from fl_server.coordinator import STEP_TIMEOUT_S, Coordinator, JobStoppedError, Outcome, Watch
+from fl_server.memory_grid import MemoryGrid
 from fl_server.server_app import server_app
 from models.scorecard import ScorecardSettings
+from privacy.accounting import default_delta
+from privacy.audit_format import Entry
+from privacy.charges import Budget
 from privacy.identity import SigningIdentity
 from privacy.noise import KeyedForwardNoise, RecordedForwardNoise, RecordedNoise, SystemNoise
 from simulations.federation_folder import BankTable, Federation
-from simulations.memory_grid import MemoryGrid
 
 Wire = Literal["memory", "ray"]
 Int64 = npt.NDArray[np.int64]
 
 DEFAULT_ALIGNMENT = AlignmentTerms()
+VALID = timedelta(days=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parties:
     """Everyone in a simulated job. `banks` and `owners` are the roles inside the vaults, for their own model files."""
 
-    contract: Contract
+    signed: SignedContract
     coordinator: SigningIdentity
+    institutions: dict[str, Institution]
     vaults: dict[str, Vault]
     banks: dict[str, Bank]
     owners: dict[str, FeatureOwner]
     noise: RecordedNoise
     forward_noise: RecordedForwardNoise
+    folder: "tempfile.TemporaryDirectory[str]"
+    """Of the institutions' homes."""
+
+    @property
+    def contract(self) -> Contract:
+        return self.signed.contract
 
 
 def make_contract(
     federation: Federation,
     settings: ScorecardSettings,
     privacy: PrivacyTerms,
-    identities: dict[str, SigningIdentity],
+    identities: Mapping[str, SigningIdentity],
     coordinator: SigningIdentity,
     least_banks: int | None = None,
     alignment: AlignmentTerms = DEFAULT_ALIGNMENT,
@@ -89,11 +115,18 @@ def make_contract(
         )
         for owner in federation.owners
     ]
+    now = homes.system_clock()
     return Contract(
         job=secrets.token_hex(16),
         purpose="simulation of joint credit-risk modelling",
-        label=f"{federation.name}: 1 = default, as the folder defines it",
+        scenario="simulation",
+        label=LabelTerms(definition=f"{federation.name}: 1 = default, as the folder defines it"),
         simulation=True,
+        not_before=now,
+        expires=now + VALID,
+        uses=1,
+        retention_days=0,
+        releases=all_releases(),
         coordinator_identity=coordinator.public.hex(),
         parties=(*banks, *owners),
         model=ModelTerms(
@@ -118,11 +151,25 @@ def make_parties(
     least_banks: int | None = None,
     alignment: AlignmentTerms = DEFAULT_ALIGNMENT,
 ) -> Parties:
-    """Fresh identities, one contract, one vault per institution with its own table."""
-    names = [*(bank.name for bank in federation.banks), *(owner.name for owner in federation.owners)]
-    identities = {name: SigningIdentity.generate() for name in names}
+    """Fresh institutions with homes of their own, one contract that all sign, one vault each with its own table.
+
+    The homes (identity, audit log, ledger) are in a temporary folder that goes with the object.
+    """
+    roles: dict[str, Role] = {bank.name: "bank" for bank in federation.banks}
+    roles |= {owner.name: owner.role for owner in federation.owners}
+    folder = tempfile.TemporaryDirectory(prefix="xinyi-homes-")
+    institutions = {
+        name: _institution(Path(folder.name) / str(number), name, role)
+        for number, (name, role) in enumerate(roles.items())
+    }
+    identities = {name: institution.identity for name, institution in institutions.items()}
     coordinator = SigningIdentity.generate()
     contract = make_contract(federation, settings, privacy, identities, coordinator, least_banks, alignment)
+    signed = SignedContract(contract=contract).signed(COORDINATOR, coordinator)
+    for name, identity in identities.items():
+        signed = signed.signed(name, identity)
+    for institution in institutions.values():
+        admit(institution, signed)
     noise = RecordedNoise(SystemNoise())
     forward_noise = RecordedForwardNoise(KeyedForwardNoise(os.urandom(32)))
     banks = {
@@ -138,19 +185,55 @@ def make_parties(
         )
         for table in federation.owners
     }
+    data = data_terms(contract, sum(int((~table.held_out).sum()) for table in federation.banks))
     vaults = {
-        name: Vault(party=name, contract=contract, identity=identities[name], role=role)
+        name: Vault(institution=institutions[name], signed=signed, role=role, data=data)
         for name, role in _roles(banks, owners)
     }
     return Parties(
-        contract=contract,
+        signed=signed,
         coordinator=coordinator,
+        institutions=institutions,
+        folder=folder,
         vaults=vaults,
         banks=banks,
         owners=owners,
         noise=noise,
         forward_noise=forward_noise,
     )
+
+
+def _institution(home: Path, name: str, role: Role) -> Institution:
+    homes.create(home, name, role)
+    return homes.open_institution(home)
+
+
+def admit(institution: Institution, signed: SignedContract) -> None:
+    """SIMULATION ONLY: what a person at the institution does, notified and authorised without anybody reading."""
+    contract, now = signed.contract, institution.clock()
+    institution.jobs.receive(signed, now)
+    institution.jobs.authorise(signed, now)
+    institution.log.append(
+        [
+            Entry(
+                kind="contract",
+                job=contract.job,
+                body={
+                    "contract": contract.model_dump(mode="json"),
+                    "hash": contract.hash.hex(),
+                    "signatures": signed.signatures,
+                },
+            ),
+            Entry(kind="state", job=contract.job, body={"from": "notified", "to": "authorised"}),
+        ]
+    )
+
+
+def data_terms(contract: Contract, training_rows: int) -> DataTerms:
+    """SIMULATION ONLY: a data set that this one job may spend up."""
+    epsilon = contract.privacy.epsilon or 1.0
+    delta = contract.privacy.delta or default_delta(training_rows)
+    return DataTerms(data_set="simulated", budget=Budget(epsilon_job=epsilon, epsilon_total=epsilon, delta=delta))
 
 
 def _bank_data(table: BankTable) -> BankData:
@@ -171,7 +254,7 @@ def run_in_memory(parties: Parties, watch: Watch, transcript: list[bytes] | None
     courier = client_app(lambda context: _vault_call(parties, names[context.node_id]))
     grid = MemoryGrid(courier, {node: {"vault": name} for node, name in names.items()}, transcript)
     return Coordinator(
-        grid=grid, contract=parties.contract, identity=parties.coordinator, watch=watch, timeout_s=STEP_TIMEOUT_S
+        grid=grid, signed=parties.signed, identity=parties.coordinator, watch=watch, timeout_s=STEP_TIMEOUT_S
     ).run()
 
 
@@ -184,7 +267,7 @@ def _sockets(parties: Parties, folder: Path) -> Iterator[None]:
     """Every vault behind its own Unix socket, as in a deployment."""
     with ExitStack() as stack:
         for number, vault in enumerate(parties.vaults.values()):
-            stack.enter_context(serve(vault, folder / f"{number}.sock"))
+            stack.enter_context(serve(vault.party, vault.handle, folder / f"{number}.sock"))
         yield
 
 
@@ -231,7 +314,7 @@ def run_on_ray(parties: Parties, watch: Watch) -> Outcome:
         _sockets(parties, Path(folder)),
     ):
         run_simulation(
-            server_app=server_app(parties.contract, parties.coordinator, keep, watch, STEP_TIMEOUT_S),
+            server_app=server_app(parties.signed, parties.coordinator, keep, watch, STEP_TIMEOUT_S),
             client_app=socket_courier,
             num_supernodes=len(parties.vaults),
             backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},

@@ -4,7 +4,7 @@ import json
 import re
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ import numpy.typing as npt
 from sklearn.metrics import roc_curve
 from threadpoolctl import threadpool_limits
 
+from fl_clients import who_sees_what
 from fl_clients.contract import PrivacyTerms
+from fl_clients.institution import AUDIT
 from fl_clients.protocol import StepKind
-from fl_server import who_sees_what
-from fl_server.coordinator import Outcome, Watch
-from fl_server.job_state import StepRecord
+from fl_server.certificate_page import certificate_page
+from fl_server.coordinator import Outcome, StepRecord, Watch
 from fl_server.report import Release, ReportSections, Step, render
 from fl_server.run_store import outcome_figures, write_run
 from models.binning import Tower, cells
@@ -36,10 +37,10 @@ from simulations.twin import OwnerData, PooledData, TwinResult, run_twin
 Int64 = npt.NDArray[np.int64]
 
 STAND_INS = (
-    "Contract: a local file that every party is given; its hash is bound into every seal, nobody countersigned it.",
-    "Privacy ledger: epsilon is computed for this job alone; no ledger of earlier jobs is kept.",
+    "Approval: the simulator signs for every institution; nobody read the contract.",
+    "Privacy ledger: each run begins with an empty one; budgets of earlier jobs do not count.",
     "Consent: the tables of a simulation have no register, everybody counts as consenting.",
-    "Audit and destruction: no signed log, no signed receipts.",
+    "Audit: logs, receipts and certificate are real, but one machine wrote all of them.",
     "Deployment: every vault runs on this machine, without TLS between institutions.",
 )
 
@@ -134,10 +135,24 @@ def run_job(federation: Federation, options: Options, watch: Watch = lambda done
     files = {
         "result.json": json.dumps(result, indent=1, ensure_ascii=False),
         "report.html": render(result, sections),
-        "contract.json": parties.contract.model_dump_json(indent=1),
+        "contract.json": parties.signed.model_dump_json(indent=1),
+        "certificate.json": json.dumps(outcome.certificate, indent=1, ensure_ascii=False),
+        "certificate.html": certificate_page(outcome.certificate),
+        **audit_files(parties),
         **{f"models/{name}": json.dumps(model, ensure_ascii=False) for name, model in _model_names(models).items()},
     }
     return Run(result=result, sections=sections, files=files)
+
+
+def audit_files(parties: Parties) -> dict[str, str]:
+    """Every institution's audit log, side by side: `xinyi-audit verify OUT/audit/*`."""
+    names = _file_names(parties.institutions)
+    return {
+        f"audit/{names[party]}/{file.name}": file.read_text(encoding="utf-8")
+        for party, institution in parties.institutions.items()
+        for file in sorted((institution.home / AUDIT).iterdir())
+        if file.suffix in (".json", ".jsonl")
+    }
 
 
 def write(run: Run, folder: Path) -> None:
@@ -287,7 +302,7 @@ def _releases(outcome: Outcome) -> list[Release]:
     return [
         (
             release.name,
-            release.count + plan.extra.get(release.name, 0),
+            release.count,
             release.l2_sensitivity,
             roster.total_std(plan.stds[release.name], banks),
         )
@@ -373,13 +388,17 @@ def _sections(
 
 
 def _model_names(models: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    return {f"{name}.json": models[party] for party, name in _file_names(models).items()}
+
+
+def _file_names(parties: Iterable[str]) -> dict[str, str]:
     """A file name per party; bank names may hold spaces and commas."""
-    names: dict[str, Mapping[str, Any]] = {}
-    for party, model in models.items():
+    names: dict[str, str] = {}
+    for party in parties:
         stem = re.sub(r"[^\w-]+", "_", party).strip("_") or "party"
-        name, number = f"{stem}.json", 1
-        while name in names:
+        name, number = stem, 1
+        while name in names.values():
             number += 1
-            name = f"{stem}_{number}.json"
-        names[name] = model
+            name = f"{stem}_{number}"
+        names[party] = name
     return names

@@ -16,18 +16,18 @@ import numpy.typing as npt
 from flwr.app import Message
 
 from fl_clients.bank import Bank
-from fl_clients.contract import AlignmentTerms, PrivacyTerms
+from fl_clients.contract import PrivacyTerms
 from fl_clients.courier import client_app, from_record
 from fl_clients.data import LabelledRows
 from fl_clients.feature_owner import FeatureOwner
 from fl_clients.protocol import Letter, Request, Step, decode_reply, decode_request, encode_request, schedule
 from fl_clients.session import Session
 from fl_server.coordinator import Coordinator, Outcome
+from fl_server.memory_grid import MemoryGrid
 from models.scorecard import ScorecardSettings
 from privacy import blind_aggregate, blind_sum, secure_sum
 from simulations.federation_folder import BankTable, BaselineSettings, Column, Federation, OwnerTable
-from simulations.job import DEFAULT_ALIGNMENT, Parties, make_parties, noise_totals
-from simulations.memory_grid import MemoryGrid
+from simulations.job import Parties, make_parties, noise_totals
 from simulations.run import pool
 from simulations.twin import TwinResult, run_twin
 
@@ -127,7 +127,6 @@ def small_parties(
     least_banks: int | None = None,
     forward_noise: float = 1.0,
     max_bins: int = 6,
-    alignment: AlignmentTerms = DEFAULT_ALIGNMENT,
 ) -> Parties:
     """Parties of a job with few bins, ready to run."""
     settings = ScorecardSettings(
@@ -138,9 +137,7 @@ def small_parties(
         cross_tabs=epsilon is None,
     )
     spare = 0 if least_banks is None else 2  # a job that may lose banks pays for the reruns in advance
-    return make_parties(
-        federation, settings, PrivacyTerms(epsilon=epsilon, spare_attempts=spare), least_banks, alignment
-    )
+    return make_parties(federation, settings, PrivacyTerms(epsilon=epsilon, spare_attempts=spare), least_banks)
 
 
 Call = Callable[[bytes], bytes]
@@ -180,7 +177,7 @@ def run_tapped(parties: Parties, tap: Tap = untouched, transcript: list[bytes] |
 
     app = client_app(lambda context: vault_of(names[context.node_id]))
     grid = LossyGrid(app, {node: {"vault": name} for node, name in names.items()}, transcript)
-    return Coordinator(grid=grid, contract=parties.contract, identity=parties.coordinator).run()
+    return Coordinator(grid=grid, signed=parties.signed, identity=parties.coordinator).run()
 
 
 class _Halt(BaseException):
@@ -219,7 +216,7 @@ def resigned(parties: Parties, data: bytes, **changes: Any) -> bytes:
 
 def refusal_of(parties: Parties, party: str, reply: bytes) -> str | None:
     """The reason, if `reply` is a refusal signed by `party` that releases nothing; None if it is an answer."""
-    _, body, _ = msgpack.unpackb(reply, max_bin_len=1 << 31)
+    _, body, _, _ = msgpack.unpackb(reply, max_bin_len=1 << 31)
     plain = msgpack.unpackb(body, max_bin_len=1 << 31)
     asked = Request(job=parties.contract.hash, step=plain["step"], attempt=plain["attempt"], participants=())
     answer = decode_reply(reply, parties.contract, party, asked)

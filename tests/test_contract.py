@@ -6,19 +6,25 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from fl_clients.contract import Contract
+from fl_clients.contract import RELEASES, Contract, SignedContract
 from privacy.errors import Refused
+from privacy.identity import SigningIdentity
 
 
 def document() -> dict[str, Any]:
     """A valid contract as its JSON file says it."""
     column = {"name": "turnover", "kind": "numeric", "special_codes": [-99.0], "categories": []}
     return {
-        "version": 1,
+        "version": 2,
         "job": "0" * 32,
         "purpose": "risk model",
-        "label": "90 days overdue",
+        "scenario": "working capital",
+        "label": {"definition": "90 days overdue"},
         "simulation": True,
+        "not_before": "2026-01-01T00:00:00Z",
+        "expires": "2026-12-31T00:00:00Z",
+        "uses": 2,
+        "retention_days": 365,
         "coordinator_identity": "c0" * 32,
         "parties": [
             {"name": "bank1", "role": "bank", "identity": "b1" * 32, "columns": [column], "most_enterprises": 500},
@@ -47,6 +53,7 @@ def document() -> dict[str, Any]:
             "forward_noise": 1.0,
         },
         "privacy": {
+            "unit": "enterprise",
             "epsilon": 3.0,
             "delta": 1e-6,
             "banks_per_enterprise": 1,
@@ -54,6 +61,8 @@ def document() -> dict[str, Any]:
             "colluding_banks": 1,
         },
         "alignment": {"bucket": 1024, "one_sided": True},
+        "he": {"security_bits": 128, "flooding_bits": 40},
+        "releases": [{"name": name, "receivers": list(receivers)} for name, receivers in RELEASES.items()],
         "least_banks": 1,
     }
 
@@ -102,7 +111,7 @@ def test_the_example_is_valid_and_the_document_names_every_field() -> None:
         (("parties",), [], "no bank"),
         (("job",), "0" * 31, "job"),
         (("job",), "G" * 32, "job"),
-        (("version",), 2, "version"),
+        (("version",), 1, "version"),
         (("coordinator_identity",), "", "coordinator_identity"),
         (("model", "rounds"), 0, "rounds"),
         (("model", "rounds"), 9, "rounds"),
@@ -121,6 +130,23 @@ def test_the_example_is_valid_and_the_document_names_every_field() -> None:
         (("least_banks",), 0, "least_banks"),
         (("least_banks",), 3, "least_banks"),
         (("unknown",), 1, "unknown"),
+        (("parties", 0, "name"), "coordinator", "stands for the coordinator"),
+        (("parties", 0, "identity"), "b2" * 32, "same identity key"),
+        (("parties", 0, "identity"), "c0" * 32, "same identity key"),
+        (("scenario",), "", "scenario"),
+        (("label", "definition"), "", "definition"),
+        (("not_before",), "2026-01-01T00:00:00", "timezone"),
+        (("expires",), "2026-01-01T00:00:00Z", "not before"),
+        (("expires",), "2099-01-01T00:00:00Z", "valid for"),
+        (("uses",), 0, "uses"),
+        (("retention_days",), -1, "retention_days"),
+        (("he", "security_bits"), 127, "security_bits"),
+        (("he", "flooding_bits"), 39, "flooding_bits"),
+        (("privacy", "unit"), "loan", "unit"),
+        (("releases", 0, "name"), "rows", "releases"),
+        (("releases", 1, "name"), "row_counts", "listed twice"),
+        (("releases", 5, "receivers"), ["banks", "coordinator"], "the protocol has it for"),
+        (("releases", 5, "receivers"), [], "the protocol has it for"),
         (("model", "learning_rate"), 1, "learning_rate"),
     ],
 )
@@ -151,12 +177,14 @@ def test_the_hash_changes_with_every_field() -> None:
     known = {Contract.model_validate(whole).hash}
     tried = 0
     for path, value in leaves(whole):
-        if path[-1] in ("version", "kind", "role", "colluding_banks"):
+        if path[-1] in ("version", "kind", "role", "colluding_banks", "unit") or path[0] == "releases":
             continue  # no other value is valid here, or tried below
         if path == ("job",) or path[-1] in ("identity", "coordinator_identity"):
             other: Any = value[:-1] + "e"
         elif path == ("least_banks",):
             other = 2
+        elif path[0] in ("not_before", "expires"):
+            other = value.replace("00:00:00", "00:00:01")
         elif isinstance(value, str):
             other = value + "x"
         else:
@@ -180,6 +208,8 @@ def test_the_hash_changes_with_every_field() -> None:
         (("privacy", "epsilon"), None),
         (("privacy", "delta"), None),
         (("privacy", "colluding_banks"), None),
+        (("releases",), document()["releases"][:-1]),
+        (("releases", 0, "receivers"), ["coordinator"]),
     ):
         digest = Contract.model_validate(changed(path, other)).hash
         assert digest not in known, path
@@ -203,7 +233,7 @@ def test_the_canonical_form_is_pinned() -> None:
     assert contract.hash.hex() == PINNED
 
 
-PINNED = "93ab693e5bc61adf55f8e8b75e5ee22598d0c5d80b5b715d774e873ca7aad2c0"
+PINNED = "66c30f5f6b2254bba9da635628154dcb39b135358df0abc638b79f3441b81d1e"
 
 
 def test_names_of_strangers_are_refused_and_collusion_follows_the_participants() -> None:
@@ -236,3 +266,65 @@ def test_outside_simulation_no_contract_is_without_privacy(
         Contract.model_validate(deployed)
     Contract.model_validate(document() | {"simulation": False})
     Contract.model_validate(changed(path, value))
+
+
+# --- signatures ------------------------------------------------------------------------------------------------------
+
+NAMES = ("coordinator", "bank1", "bank2", "pboc")
+
+
+def keys_and_contract(**changes: Any) -> tuple[dict[str, SigningIdentity], Contract]:
+    keys = {name: SigningIdentity.generate() for name in NAMES}
+    whole = document() | changes
+    whole["coordinator_identity"] = keys["coordinator"].public.hex()
+    for party in whole["parties"]:
+        party["identity"] = keys[party["name"]].public.hex()
+    return keys, Contract.model_validate(whole)
+
+
+def signed_by(keys: dict[str, SigningIdentity], contract: Contract, *names: str) -> SignedContract:
+    signed = SignedContract(contract=contract)
+    for name in names:
+        signed = signed.signed(name, keys[name])
+    return signed
+
+
+def test_a_contract_holds_when_everyone_signed_it_and_not_before() -> None:
+    keys, contract = keys_and_contract()
+    assert contract.signers == NAMES
+    for missing in NAMES:
+        part = signed_by(keys, contract, *(name for name in NAMES if name != missing))
+        with pytest.raises(Refused, match=f"lacks the signature of {missing}"):
+            part.check_all()
+    whole = signed_by(keys, contract, *NAMES)
+    whole.check_all()
+    assert SignedContract.model_validate_json(whole.model_dump_json()) == whole
+
+
+def test_a_signature_fits_one_contract_one_signer_and_one_key() -> None:
+    keys, contract = keys_and_contract()
+    whole = signed_by(keys, contract, *NAMES)
+    for change in ({"uses": 3}, {"purpose": "marketing"}, {"least_banks": 2}):
+        other = SignedContract(contract=contract.model_copy(update=change), signatures=whole.signatures)
+        with pytest.raises(Refused, match="does not fit"):
+            other.check_all()
+    swapped = whole.signatures | {"bank1": whole.signatures["bank2"]}
+    with pytest.raises(Refused, match="bank1 does not fit"):
+        SignedContract(contract=contract, signatures=swapped).check_all()
+    with pytest.raises(Refused, match="not hexadecimal"):
+        SignedContract(contract=contract, signatures=whole.signatures | {"pboc": "zz"}).check_all()
+    with pytest.raises(Refused, match="another identity key"):
+        SignedContract(contract=contract).signed("bank1", keys["bank2"])
+    with pytest.raises(Refused, match="no party"):
+        SignedContract(contract=contract).signed("bank9", keys["bank2"])
+    with pytest.raises(Refused, match="strangers"):
+        SignedContract(contract=contract, signatures=whole.signatures | {"bank9": "00" * 64}).check_all()
+    with pytest.raises(Refused, match="does not fit"):
+        SignedContract(contract=contract).added("bank1", whole.signatures["pboc"])
+
+
+def test_one_moment_has_one_hash() -> None:
+    """The same expiry in another time zone, or with a fraction of a second, is the same contract."""
+    contract = Contract.model_validate(document())
+    beijing = Contract.model_validate(changed(("expires",), "2026-12-31T08:00:00.4+08:00"))
+    assert beijing.hash == contract.hash

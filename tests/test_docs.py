@@ -12,8 +12,8 @@ import click
 import pytest
 import typer
 
+from fl_clients import who_sees_what
 from fl_clients.protocol import schedule
-from fl_server import who_sees_what
 from simulations import cli, demo_federation
 from simulations.federation_folder import KNOWN_KEYS, load
 from tests.small_federation import small_federation, small_parties

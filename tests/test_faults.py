@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 import tenseal.sealapi as sealapi
 
-from fl_clients.protocol import Letter, Post, Reply, Request, decode_reply, decode_request, encode_reply, encode_request
+from fl_clients.protocol import (
+    Letter,
+    Post,
+    Reply,
+    Request,
+    decode_reply,
+    decode_request,
+    encode_reply,
+    encode_request,
+    reply_body,
+)
 from fl_server.coordinator import JobStoppedError, Outcome
 from models.scorecard import gather
 from privacy import seal_bytes
@@ -75,7 +85,7 @@ def on_reply(parties: Parties, party: str, step: str, change: Callable[[Reply], 
         if name != party or request.step != step:
             return reply
         altered = change(decode_reply(reply, parties.contract, party, request))
-        return encode_reply(altered, parties.vaults[party]._identity)
+        return encode_reply(reply_body(altered), parties.vaults[party]._identity)
 
     return tap
 

@@ -25,10 +25,10 @@ from fl_clients.frames import CHANNEL_OPTIONS, METHOD, Incoming, Kind, LaneError
 from fl_clients.lane import TLS, Lane, LaneOpener
 from fl_server.coordinator import Coordinator, JobStoppedError
 from fl_server.lane import LaneGrid, open_lanes, serve_lane
+from fl_server.memory_grid import MemoryGrid
 from privacy.errors import Refused
 from privacy.identity import SigningIdentity
 from simulations.job import Parties
-from simulations.memory_grid import MemoryGrid
 from tests.small_federation import Call, assert_equals_twin, small_federation, small_parties
 
 FEDERATION = small_federation(banks=2, owners=2, enterprises=400)
@@ -250,7 +250,7 @@ def test_a_job_over_the_lane_is_the_twins_though_every_stream_is_cut_again_and_a
     cutter = threading.Thread(target=cut)
     cutter.start()
     try:
-        outcome = Coordinator(grid=grid, contract=parties.contract, identity=parties.coordinator, timeout_s=60).run()
+        outcome = Coordinator(grid=grid, signed=parties.signed, identity=parties.coordinator, timeout_s=60).run()
     finally:
         done.set()
         cutter.join()
@@ -286,16 +286,17 @@ def test_a_flower_message_opens_the_lane_and_returns_at_once_and_only_the_coordi
         return call
 
     app = client_app(lambda context: (names[context.node_id], lambda data: b""), opened)
+    nodes = {name: node for node, name in names.items()}
     control = MemoryGrid(app, {node: {} for node in names})
     for _ in range(2):
-        open_lanes(control, grid, address)
-    outcome = Coordinator(grid=grid, contract=parties.contract, identity=parties.coordinator, timeout_s=60).run()
+        open_lanes(control, grid, address, nodes)
+    outcome = Coordinator(grid=grid, signed=parties.signed, identity=parties.coordinator, timeout_s=60).run()
     assert_equals_twin(FEDERATION, parties, outcome)
     grid.close("done")
     assert all(opener.lane is not None and opener.lane.wait(20) for opener in openers.values())
     impostor = LaneGrid(parties.contract, SigningIdentity.generate())
     with pytest.raises(JobStoppedError, match="bank1 opened no lane"):
-        open_lanes(control, impostor, address)
+        open_lanes(control, impostor, address, nodes)
 
 
 def test_a_100_mb_step_crosses_the_lane_both_ways(served: tuple[Parties, LaneGrid, str], authority: Authority) -> None:
@@ -326,7 +327,7 @@ def test_a_stuck_party_is_named_and_what_is_known_of_it(
         changes = {"handle": handle} if name == "tax" else {}
         lane_of(parties, grid, address, name, authority.issue(name), **changes)
     with pytest.raises(JobStoppedError, match=r"tax died.*no answer in 3 s: connected, its vault has not answered"):
-        Coordinator(grid=grid, contract=parties.contract, identity=parties.coordinator, timeout_s=3).run()
+        Coordinator(grid=grid, signed=parties.signed, identity=parties.coordinator, timeout_s=3).run()
     stuck.set()
 
 

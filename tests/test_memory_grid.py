@@ -10,7 +10,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fl_clients.courier import client_app, from_record, to_record
 from fl_server.coordinator import JobStoppedError, find_parties
-from simulations.memory_grid import MemoryGrid
+from fl_server.memory_grid import MemoryGrid
 from tests.small_federation import small_federation, small_parties
 
 NODES = {10: {"vault": "a"}, 11: {"vault": "b"}}

@@ -1,6 +1,7 @@
 """An institution's own tables, end to end: map, check, consent, align, train."""
 
-from datetime import UTC, date, datetime
+import tempfile
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,21 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pytest
 
+from fl_clients import institution as homes
 from fl_clients.bank import Bank
 from fl_clients.checked_data import bank_data, column_terms, consent_of, owner_data
 from fl_clients.consent import ConsentStore, consent_columns
-from fl_clients.contract import AlignmentTerms, Contract, ModelTerms, PartyTerms, PrivacyTerms
+from fl_clients.contract import (
+    AlignmentTerms,
+    Contract,
+    LabelTerms,
+    ModelTerms,
+    PartyTerms,
+    PrivacyTerms,
+    Role,
+    SignedContract,
+    all_releases,
+)
 from fl_clients.data_check import CheckedTable, check_table, load_checked
 from fl_clients.feature_owner import FeatureOwner
 from fl_clients.mapping import check_mapping, parse_mapping
@@ -22,7 +34,7 @@ from models.schema import Schema, load_schema
 from models.score_histogram import ScoreHistogram
 from privacy.identity import SigningIdentity
 from privacy.noise import KeyedForwardNoise, RecordedForwardNoise, RecordedNoise, SystemNoise
-from simulations.job import Parties, run_in_memory
+from simulations.job import Parties, admit, data_terms, run_in_memory
 from tests.test_data_check import codes
 
 PURPOSE = "小微企业信用贷款 贷前风险评估"
@@ -133,7 +145,13 @@ def test_own_tables_train_a_model_and_only_with_consent(
     )
     store.import_table(grants.to_batches(), consent_columns(grants.column_names), NOW)
     consent = consent_of(store, PURPOSE, lambda: NOW)
-    identities = {name: SigningIdentity.generate() for name in ("bank0", "bank1", "bank2", "pboc")}
+    names: dict[str, Role] = {"bank0": "bank", "bank1": "bank", "bank2": "bank", "pboc": "pboc"}
+    folder = tempfile.TemporaryDirectory()
+    institutions = {}
+    for name, role in names.items():
+        homes.create(Path(folder.name) / name, name, role)
+        institutions[name] = homes.open_institution(Path(folder.name) / name)
+    identities = {name: institution.identity for name, institution in institutions.items()}
     coordinator = SigningIdentity.generate()
     terms = column_terms(bank_schema, BANK_FIELDS)
     assert terms[1].kind == "categorical"
@@ -141,8 +159,14 @@ def test_own_tables_train_a_model_and_only_with_consent(
     contract = Contract(
         job="ab" * 16,
         purpose=PURPOSE,
-        label="bad12",
+        scenario="working capital",
+        label=LabelTerms(definition="bad12"),
         simulation=True,
+        not_before=datetime.now(UTC),
+        expires=datetime.now(UTC) + timedelta(hours=1),
+        uses=1,
+        retention_days=0,
+        releases=all_releases(),
         coordinator_identity=coordinator.public.hex(),
         parties=(
             *(
@@ -174,14 +198,22 @@ def test_own_tables_train_a_model_and_only_with_consent(
         for number, table in enumerate(banks)
     }
     owner = FeatureOwner(name="pboc", contract=contract, data=owner_data(pboc), noise=forward)
+    signed = SignedContract(contract=contract).signed("coordinator", coordinator)
+    for name, identity in identities.items():
+        signed = signed.signed(name, identity)
+    for institution in institutions.values():
+        admit(institution, signed)
+    terms_of_data = data_terms(contract, 100)
     vaults = {
-        name: Vault(party=name, contract=contract, identity=identities[name], role=role)
+        name: Vault(institution=institutions[name], signed=signed, role=role, data=terms_of_data)
         for name, role in [*roles.items(), ("pboc", owner)]
     }
     outcome = run_in_memory(
         Parties(
-            contract=contract,
+            signed=signed,
             coordinator=coordinator,
+            institutions=institutions,
+            folder=folder,
             vaults=vaults,
             banks=roles,
             owners={"pboc": owner},

@@ -17,6 +17,7 @@ from fl_clients.protocol import (
     decode_request,
     encode_reply,
     encode_request,
+    reply_body,
     schedule,
     sign_post,
     verify_post,
@@ -71,7 +72,7 @@ def test_requests_and_replies_survive_the_wire_as_they_were(parties: Parties) ->
         summand=b"\x01",
         released={"rows": 3, "histogram": [1, 2]},
     )
-    read = decode_reply(encode_reply(reply, identity_of(parties, "tax")), contract, "tax", request)
+    read = decode_reply(encode_reply(reply_body(reply), identity_of(parties, "tax")), contract, "tax", request)
     assert replace(read, released={}) == replace(reply, released={})
     assert read.released["rows"] == 3
 
@@ -81,29 +82,31 @@ def test_a_reply_to_something_else_is_refused(parties: Parties, changes: dict[st
     request = request_of(parties.contract)
     reply = Reply(job=parties.contract.hash, step=request.step, attempt=0, party="tax")
     own = identity_of(parties, "tax")
-    assert decode_reply(encode_reply(reply, own), parties.contract, "tax", request) == reply
+    assert decode_reply(encode_reply(reply_body(reply), own), parties.contract, "tax", request) == reply
     with pytest.raises(Refused):
-        decode_reply(encode_reply(replace(reply, **changes), own), parties.contract, "tax", request)
+        decode_reply(encode_reply(reply_body(replace(reply, **changes)), own), parties.contract, "tax", request)
     with pytest.raises(Refused, match="signature"):
-        decode_reply(encode_reply(reply, identity_of(parties, "pboc")), parties.contract, "tax", request)
+        decode_reply(encode_reply(reply_body(reply), identity_of(parties, "pboc")), parties.contract, "tax", request)
 
 
 def test_a_vault_that_could_not_read_a_request_is_heard_and_still_must_sign(parties: Parties) -> None:
     request = request_of(parties.contract)
     refusal = Reply(job=parties.contract.hash, step="", attempt=0, party="tax", refused="not readable")
-    read = decode_reply(encode_reply(refusal, identity_of(parties, "tax")), parties.contract, "tax", request)
+    read = decode_reply(
+        encode_reply(reply_body(refusal), identity_of(parties, "tax")), parties.contract, "tax", request
+    )
     assert read.refused == "not readable"
     for wrong in (replace(refusal, refused=None), replace(refusal, party="pboc"), replace(refusal, step="r1.open")):
         with pytest.raises(Refused):
-            decode_reply(encode_reply(wrong, identity_of(parties, "tax")), parties.contract, "tax", request)
+            decode_reply(encode_reply(reply_body(wrong), identity_of(parties, "tax")), parties.contract, "tax", request)
 
 
 def test_a_request_is_no_reply_and_a_reply_no_request(parties: Parties) -> None:
     """The same key, another kind of message: the context is signed."""
     request = request_of(parties.contract)
-    _, body, signature = msgpack.unpackb(encode_request(request, identity_of(parties, "tax")))
+    _, body, signature, head = msgpack.unpackb(encode_request(request, identity_of(parties, "tax")))
     with pytest.raises(Refused, match="signature"):
-        decode_reply(msgpack.packb([1, body, signature]), parties.contract, "tax", request)
+        decode_reply(msgpack.packb([2, body, signature, head]), parties.contract, "tax", request)
 
 
 @pytest.mark.parametrize(
@@ -112,9 +115,10 @@ def test_a_request_is_no_reply_and_a_reply_no_request(parties: Parties) -> None:
         b"",
         b"\xc0",
         b"\x93\x01\x02\x03",
-        msgpack.packb([1, b"body"]),
-        msgpack.packb([1, "body", b"x" * 64]),
-        msgpack.packb([1, b"body", None]),
+        msgpack.packb([2, b"body"]),
+        msgpack.packb([2, b"body", b"x" * 64]),
+        msgpack.packb([2, "body", b"x" * 64, None]),
+        msgpack.packb([2, b"body", None, None]),
         msgpack.packb({"a": 1}),
         b"\xdf\xff\xff\xff\xff",
     ],
@@ -125,9 +129,9 @@ def test_what_is_no_message_is_refused(parties: Parties, data: bytes) -> None:
 
 
 def test_another_protocol_version_is_named(parties: Parties) -> None:
-    _, body, signature = msgpack.unpackb(encode_request(request_of(parties.contract), parties.coordinator))
-    with pytest.raises(Refused, match="version 2, we speak 1"):
-        decode_request(msgpack.packb([2, body, signature]), parties.contract)
+    _, body, signature, head = msgpack.unpackb(encode_request(request_of(parties.contract), parties.coordinator))
+    with pytest.raises(Refused, match="version 3, we speak 2"):
+        decode_request(msgpack.packb([3, body, signature, head]), parties.contract)
 
 
 @pytest.mark.parametrize(
@@ -146,9 +150,10 @@ def test_a_signed_body_of_another_form_is_refused(parties: Parties, body: object
     import hashlib
 
     packed = msgpack.packb(body)
-    signature = parties.coordinator.sign(b"xinyi request", hashlib.sha256(packed).digest())
+    digests = hashlib.sha256(packed).digest() + hashlib.sha256(msgpack.packb(None)).digest()
+    signature = parties.coordinator.sign(b"xinyi request", digests)
     with pytest.raises(Refused, match="lacks fields"):
-        decode_request(msgpack.packb([1, packed, signature]), parties.contract)
+        decode_request(msgpack.packb([2, packed, signature, None]), parties.contract)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +186,7 @@ def test_the_schedule_names_every_step_once_and_grows_with_the_rounds(parties: P
     steps = [item.step for exchange in schedule(parties.contract) for item in exchange]
     names = [step.name for step in steps]
     assert len(set(names)) == len(names)
-    assert (names[0], names[-1]) == ("join", "close")
+    assert (names[0], names[-1]) == ("join", "certify")
     assert {step.kind for step in steps} == set(StepKind)
     longer = parties.contract.model_copy(update={"model": parties.contract.model.model_copy(update={"rounds": 3})})
     added = [i.step.name for e in schedule(longer) for i in e if i.step.name not in names]

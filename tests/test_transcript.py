@@ -271,7 +271,9 @@ def test_the_coordinator_sees_no_id_and_no_label_bitmap(run: RecordedRun, haysta
     for table in run.federation.banks:
         orders = (table.label, run.training[table.name].label, run.held_out[table.name].label)
         assert all(haystack.first(bitmap_needles(label)) is None for label in orders)
-    assert haystack.first([b"late_filings", b"overdue_days", b"utilisation"]) is None, "nor column names"
+    columns = [b"late_filings", b"overdue_days", b"utilisation"]
+    named = {item.step for item in run.exchanged if any(name in item.request + item.reply for name in columns)}
+    assert named == {"certify"}, "nor column names, but in the certificate, which quotes the contract"
 
 
 def test_the_coordinator_sees_row_counts_sizes_and_what_the_contract_releases(run: RecordedRun) -> None:
@@ -279,7 +281,11 @@ def test_the_coordinator_sees_row_counts_sizes_and_what_the_contract_releases(ru
     released: dict[str, set[str]] = {}
     for request, reply in replies_of(run):
         released.setdefault(request.step, set()).update(reply.released)
-    assert {step: names for step, names in released.items() if names} == {"release": {"histogram"}, "close": {"model"}}
+    assert {step: names for step, names in released.items() if names} == {
+        "release": {"histogram"},
+        "close": {"model", "receipt"},
+        "certify": {"signature"},
+    }
     allowed = {
         "join": [
             {"public", "training_rows", "held_out_rows"},
