@@ -120,11 +120,14 @@ def _authorise(
 
 
 def _complete(institution: Institution, known: JobEntry, signed: SignedContract) -> None:
-    """Keep the contract with everyone's signatures."""
+    """Keep the contract with everyone's signatures; with some of them nothing changes."""
     if set(known.signed.signatures) == set(signed.contract.signers):
         return
     if known.state is JobState.REFUSED:
         raise Refused(f"job {signed.contract.job} was refused here ({known.reason}); it stays so")
+    signed.check(*signed.signatures)
+    if set(signed.contract.signers) - set(signed.signatures):
+        return
     signed.check_all()
     institution.log.append([_contract_entry(signed)])
     institution.jobs.sign_all(signed, institution.clock())

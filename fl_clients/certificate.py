@@ -26,6 +26,17 @@ VERSION = 1
 ROUNDING = 1e-6
 """Relative; other machines may round the last digits of epsilon otherwise."""
 
+_FIELDS = {
+    "version",
+    "contract",
+    "contract_hash",
+    "use",
+    "finished",
+    "announcements",
+    "facts",
+    "receipts",
+    "heads",
+}
 _RECEIPT = b"xinyi receipt 1"
 _CERTIFICATE = b"xinyi certificate 1"
 
@@ -203,6 +214,10 @@ def read_body(data: bytes) -> Body:
         raise Refused(f"the certificate's contract: {error.errors()[0]['msg']}") from None
     except (KeyError, TypeError, ValueError, AttributeError):
         raise Refused("this is no body of a certificate; fields are missing or of another form") from None
+    if set(plain) != _FIELDS:
+        raise Refused(
+            f"the certificate's body has other fields than {sorted(_FIELDS)}; nobody signs what it cannot read"
+        )
     if version != VERSION:
         raise Refused(f"a certificate of version {version}, this program reads {VERSION}; update it")
     signed.check_all()

@@ -10,7 +10,8 @@ import hashlib
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Annotated, Literal, Self
+from functools import cached_property
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
@@ -287,12 +288,18 @@ class Contract(_Frozen):
         wanted = self.privacy.colluding_banks
         return default_colluding(banks) if wanted is None else min(wanted, banks - 1)
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy is hashed anew: pydantic would take the kept hash along with the changed fields."""
+        copied = super().model_copy(update=update, deep=deep)
+        vars(copied).pop("hash", None)
+        return copied
+
     def canonical(self) -> bytes:
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")).encode()
 
-    @property
+    @cached_property
     def hash(self) -> bytes:
-        """SHA-256 of the canonical form, 32 bytes."""
+        """SHA-256 of the canonical form, 32 bytes. Computed once: every message of a job is bound to it."""
         return hashlib.sha256(b"xinyi contract 2\x00" + self.canonical()).digest()
 
 

@@ -18,6 +18,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fl_clients import data_check, mapping, sources
+from fl_clients.approval import own_objections
 from fl_clients.bank import Bank
 from fl_clients.checked_data import bank_data, consent_of, owner_data
 from fl_clients.consent import ConsentStore
@@ -102,7 +103,11 @@ def job_vault(institution: Institution, job: str) -> JobVault:
     entry = institution.jobs.get(job)
     entry.signed.check_all()
     binding = read_binding(institution, entry)
-    policy = rules(institution).policy
+    in_force = rules(institution)
+    policy = in_force.policy
+    # a policy that was tightened after the approval holds as well; what was spent since, the ledger decides
+    if found := own_objections(institution, in_force, entry.contract, 0.0):
+        raise Refused(f"the policy in force has objections to job {entry.contract.job[:8]}: {found[0]}")
     role = _role(institution, entry, binding)
     data = DataTerms(data_set=binding.data_set, budget=policy.budget, most_openings=policy.most_score_openings)
     return JobVault(

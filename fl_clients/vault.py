@@ -225,7 +225,7 @@ class Vault:
                 return self._refuse_for_good(
                     key, digest, f"the mail of step {request.step} is malformed ({type(error).__name__})"
                 )
-            self._end(f"{type(error).__name__} in step {step.name}")
+            self._fail(f"{type(error).__name__} in step {step.name}")
             raise VaultFailedError(type(error).__name__) from None
         reply = self._send(step, request, outgoing, digest)
         self._stopped = None
@@ -421,6 +421,15 @@ class Vault:
         if self._state in (JobState.COLLECTING, JobState.APPLYING):
             institution.jobs.destroy(self.contract, reason, now)
             self._enter_state(JobState.DESTROYED)
+
+    def _fail(self, reason: str) -> None:
+        """End without an answer; what the books cannot take does not stop the destruction, nor turn into a reply."""
+        try:
+            self._end(reason)
+            self._institution.log.append(self._entries)
+            self._entries = []
+        except Refused as error:
+            LOGGER.error("job %s: %s", self.contract.job, error)
 
     def _forget(self) -> None:
         """What must not outlive the job leaves memory."""

@@ -84,7 +84,10 @@ class Witness:
         party = head.party
         if party == self._me or party not in {other.name for other in self._contract.parties}:
             raise Refused(f"a head of {party!r} came to {self._me}; heads of the other parties are expected")
-        verify_head(self._contract.identity_of(party), head)
+        try:
+            verify_head(self._contract.identity_of(party), head)
+        except Refused as error:
+            raise Refused(f"the head of {party}'s audit log is not signed by {party}: {error}") from None
         before = self._seen.get(party)
         if before is None:
             return head

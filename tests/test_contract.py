@@ -323,6 +323,16 @@ def test_a_signature_fits_one_contract_one_signer_and_one_key() -> None:
         SignedContract(contract=contract).added("bank1", whole.signatures["pboc"])
 
 
+def test_a_copy_with_another_field_has_another_hash_although_the_hash_is_kept() -> None:
+    contract = Contract.model_validate(document())
+    before = contract.hash
+    copied = contract.model_copy(update={"purpose": "marketing"})
+    assert copied.hash == Contract.model_validate(document() | {"purpose": "marketing"}).hash != before
+    assert contract.hash == before
+    assert copied != contract
+    assert Contract.model_validate(document()) == contract
+
+
 def test_one_moment_has_one_hash() -> None:
     """The same expiry in another time zone, or with a fraction of a second, is the same contract."""
     contract = Contract.model_validate(document())

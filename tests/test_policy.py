@@ -1,6 +1,8 @@
 """The policy: what it refuses to say, each limit by itself, and when it approves without a person."""
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -202,3 +204,14 @@ def test_epsilon_composes_below_the_sum_and_above_each_part(epsilon: float, uses
     assert epsilon * (1 - 1e-6) <= asked <= epsilon * uses * (1 + 1e-6)
     total = total_epsilon(POLICY, job, spent)
     assert max(asked, spent) * (1 - 1e-6) <= total <= (asked + spent) * (1 + 1e-6)
+
+
+def test_the_reference_has_every_key_with_its_default() -> None:
+    text = (Path(__file__).parents[1] / "docs/governance.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", text, re.MULTILINE))
+    assert set(rows) == set(Policy.model_fields)
+    empty = {"()": "none", "{}": "none", "False": "false"}
+    for key, shown in rows.items():
+        if key != "automatic":
+            default = str(getattr(Policy(), key))
+            assert shown == empty.get(default, default), key
