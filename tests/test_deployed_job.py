@@ -125,5 +125,27 @@ def test_a_job_over_tls_and_lanes_ends_with_a_valid_certificate_and_clean_logs(
     for name, home in federation.homes.items():
         assert any(json.loads((home / JOBS / job / "model.1.json").read_text())["weights"]), name
         assert "destroyed" in node(home, "job", "list")
+    codes = [line.split(",")[0].strip('"') for line in (federation.folder / "bank1.csv").read_text().splitlines()[1:]]
+    assert len(codes) > 900
+    for home in (federation.coordinator, *federation.homes.values()):
+        for log in (home / "logs").iterdir():
+            text = log.read_text(errors="replace")
+            assert "Traceback" not in text, log
+            assert not any(code in text for code in codes), log
     with capsys.disabled():
         print(f"\njob over the network: {seconds:.1f} s")
+    # the coordinator and every vault count the runs
+    assert "its contract allows 1" in process(
+        "xinyi-server", "job", "start", job, home=federation.coordinator, expect=2
+    )
+
+
+def test_a_job_is_refused_before_it_begins_where_a_party_is_revoked(federation: Federation) -> None:
+    """The last test of this file: it changes who is a member."""
+    folder, coordinator = federation.folder, federation.coordinator
+    job = agree(folder, federation.homes, DRAFT.replace("epsilon = 8.0", "epsilon = 2.0"))
+    process("xinyi-server", "revoke", "bank3", home=coordinator)
+    said = process("xinyi-server", "job", "start", job, home=coordinator, expect=2)
+    assert "bank3 of the contract is no member" in said
+    assert not (coordinator / JOBS / job / "runs").exists(), "no run was begun"
+    assert "8 of 12, left 4" in node(federation.homes["bank1"], "budget")
