@@ -220,7 +220,11 @@ def read_body(data: bytes) -> Body:
         )
     if version != VERSION:
         raise Refused(f"a certificate of version {version}, this program reads {VERSION}; update it")
+    if canonical(plain["contract"]) != canonical(signed.model_dump(mode="json")):
+        raise Refused("the certificate's contract is not in the form in which it was signed")
     signed.check_all()
+    if set(signed.signatures) != set(contract.signers):
+        raise Refused(f"the certificate's contract is signed by {sorted(signed.signatures)}, not by its parties alone")
     names = [party.name for party in contract.parties]
     if hash_told != contract.hash.hex():
         raise Refused("the certificate's contract has another hash than it states")
@@ -232,7 +236,11 @@ def read_body(data: bytes) -> Body:
     if set(receipts) != set(present) or set(heads) != set(present):
         raise Refused("the certificate lacks a receipt or a head of a party that took part to the end")
     roster = Roster(contract, announcements)
-    _compare(stated, facts(roster, participants))
+    try:
+        derived = facts(roster, participants)
+    except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError):
+        raise Refused("no noise plan and no encryption follows from the certificate's announcements") from None
+    _compare(stated, derived)
     for name in present:
         if (receipts[name].get("party"), receipts[name].get("contract"), receipts[name].get("use")) != (
             name,

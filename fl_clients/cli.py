@@ -10,6 +10,7 @@ from fl_clients.at_home import HomeOption
 from fl_clients.audit_cli import audit_app
 from fl_clients.contract import Role
 from fl_clients.data_cli import consent_app, data_app
+from fl_clients.institution import Secrets
 from fl_clients.job_cli import budget, job_app
 from fl_clients.people_cli import card, people_app, policy_app
 from fl_clients.serve_cli import name_data, serve_job
@@ -50,9 +51,7 @@ def _xinyi() -> None:
 def init(
     name: Annotated[str, typer.Argument(help="Name of the institution, as contracts will have it.")],
     role: Annotated[Role, typer.Option(help="bank, pboc or public_credit.")],
-    encrypted: Annotated[
-        bool, typer.Option("--passphrase", help="Encrypt the identity; asks for a passphrase.")
-    ] = False,
+    secrets: Annotated[Secrets, typer.Option(help="plain (mode 0600 alone), passphrase, or keyring.")] = "plain",
     home: HomeOption = None,
 ) -> None:
     """Make the institution's home: identity, node keys, ledger, job book, audit log; check disk and database.
@@ -61,8 +60,14 @@ def init(
     """
     with at_home.one_line():
         folder = institution.home_folder(home)
-        phrase = passphrase.for_new_key(folder, passphrase.FILE_VARIABLE) if encrypted else None
-        institution.create(folder, name, role, phrase)
+        key = folder / institution.IDENTITY
+        phrase = None
+        if secrets == "passphrase":
+            phrase = passphrase.for_new_key(key, passphrase.FILE_VARIABLE)
+        elif secrets == "keyring":
+            phrase = passphrase.generated()
+            passphrase.to_keyring(key, phrase)
+        institution.create(folder, name, role, secrets, phrase)
         enrolment.make_node_keys(folder)
         with at_home.at_home(home) as opened:
             at_home.say(f"made {folder} of {name} ({role})")

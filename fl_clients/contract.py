@@ -60,7 +60,7 @@ owner_sums: S; directions: an owner's noised part of each round; scores: exact p
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ColumnTerms(_Frozen):

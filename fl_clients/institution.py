@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import tomli_w
 
@@ -75,15 +76,24 @@ class Institution:
         self.jobs.close()
 
 
-def create(home: Path, name: str, role: Role, passphrase: bytes | None = None) -> None:
-    """Make a home with a fresh identity. A home that exists is `Refused`: its identity would be lost."""
+Secrets = Literal["plain", "passphrase", "keyring"]
+"""How the identity is kept: by mode 0600 alone, or encrypted, its passphrase typed, in a file or in a keyring."""
+
+
+def create(home: Path, name: str, role: Role, secrets: Secrets = "plain", passphrase: bytes | None = None) -> None:
+    """Make a home with a fresh identity, encrypted under `passphrase` unless `secrets` is "plain".
+
+    A home that exists is `Refused`: its identity would be lost.
+    """
+    if (secrets == "plain") != (passphrase is None):
+        raise Refused(f"secrets = {secrets!r} {'takes no' if secrets == 'plain' else 'needs a'} passphrase")
     if (home / SETTINGS).exists() or (home / IDENTITY).exists():
         raise Refused(f"{home} is the home of an institution already; choose another folder")
     private_folder(home)
     private_folder(home / JOBS)
     SigningIdentity.generate().save(home / IDENTITY, passphrase)
     write_private(home / OPENINGS_KEY, os.urandom(KEY_BYTES))
-    write_private(home / SETTINGS, tomli_w.dumps({"name": name, "role": role}).encode())
+    write_private(home / SETTINGS, tomli_w.dumps({"name": name, "role": role, "secrets": secrets}).encode())
 
 
 def open_institution(home: Path, passphrase: bytes | None = None, clock: Clock = system_clock) -> Institution:

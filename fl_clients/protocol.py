@@ -231,9 +231,15 @@ def _check_types(texts: tuple[object, ...], attempt: object, blobs: tuple[object
     """MessagePack carries any type in any field; what comes from the wire is checked before it is compared or bound."""
     if not all(isinstance(text, str) for text in texts) or not all(isinstance(blob, bytes) for blob in blobs):
         raise TypeError("a text or byte field of a message has another type")
-    if type(attempt) is not int or attempt < 0:
-        raise TypeError("an attempt must be an integer from 0")
+    if type(attempt) is not int or not 0 <= attempt < LARGEST_ATTEMPT:
+        raise TypeError(f"an attempt must be an integer from 0 to {LARGEST_ATTEMPT - 1}")
+    if any(isinstance(text, str) and len(text) > LONGEST_TEXT for text in texts):
+        raise TypeError(f"a name or step of more than {LONGEST_TEXT} characters")
 
+
+LARGEST_ATTEMPT = 1 << 20
+LONGEST_TEXT = 4096
+"""Characters of a name, a step or a reason."""
 
 _REQUEST = b"xinyi request"
 _REPLY = b"xinyi reply"
@@ -270,7 +276,9 @@ def _decode(kind: type[Any], data: bytes, context: bytes, identity: bytes, sende
     except Exception:
         raise Refused(f"a message of {sender} is no protocol message ({len(data)} bytes); send it again") from None
     if version != PROTOCOL_VERSION:
-        raise Refused(f"{sender} speaks protocol version {version}, we speak {PROTOCOL_VERSION}; update the older one")
+        # whatever an unsigned message says is quoted as a number only: reasons go into logs
+        shown = version if type(version) is int and 0 <= version < 1000 else "unknown"
+        raise Refused(f"{sender} speaks protocol version {shown}, we speak {PROTOCOL_VERSION}; update the older one")
     verify(identity, context, _signed(body, head), signature)
     try:
         plain = msgpack.unpackb(body, max_bin_len=1 << 31)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from fl_clients.contract import Contract
+from fl_clients.contract import MOST_DELTA, Contract
 from models.fixed_point import RESIDUAL_BITS
 from models.line_search import INNER_STEPS, sensitivities
 from models.scorecard import NoiseStds
@@ -50,7 +50,10 @@ class Roster:
     @cached_property
     def delta(self) -> float:
         given = self.contract.privacy.delta
-        return given if given is not None else default_delta(self.training_rows)
+        if given is not None:
+            return given
+        default = default_delta(self.training_rows)
+        return default if self.contract.simulation else min(default, MOST_DELTA)
 
     @cached_property
     def matching_form(self) -> MatchingForm:

@@ -46,6 +46,13 @@ class ServedJobs:
                 LOGGER.error("refused: %s", error)
                 raise
 
+    def answer(self, data: bytes) -> bytes:
+        """As `handle`, for the wire: the own log has the reason; a coordinator must not probe limits by asking."""
+        try:
+            return self.handle(data)
+        except Refused:
+            raise VaultFailedError("the institution's own log says why") from None
+
     def open_lane(self, data: bytes) -> None:
         """Open the lane of a job as the coordinator's signed opening says, and return."""
         try:
@@ -59,7 +66,7 @@ class ServedJobs:
                         contract=entry.contract,
                         party=self._institution.name,
                         identity=self._institution.identity,
-                        handle=self._answer,
+                        handle=self.answer,
                         tls=lane_tls(self._institution.home),
                     )
             opener.open(data)
@@ -67,6 +74,14 @@ class ServedJobs:
             LOGGER.error("no lane: %s", error)
             raise
         LOGGER.info("job %s: lane opened", entry.contract.job[:8])
+
+    def end_expired(self) -> None:
+        """End the runs whose contract has expired: what they hold must not outlive it."""
+        now = self._institution.clock()
+        with self._step:
+            for vault in self._vaults.values():
+                if now >= vault.vault.contract.expires:
+                    vault.vault.stop("the contract expired")
 
     def close(self) -> None:
         """End every lane and every run that is not over."""
@@ -77,13 +92,6 @@ class ServedJobs:
         with self._step:
             for vault in self._vaults.values():
                 vault.vault.stop("the institution stopped its vault")
-
-    def _answer(self, data: bytes) -> bytes:
-        """As `handle`, for a lane: its own log has the reason, the coordinator learns that there is one."""
-        try:
-            return self.handle(data)
-        except Refused:
-            raise VaultFailedError("its own log says why") from None
 
     def _vault(self, data: bytes) -> JobVault:
         """The vault that a request is for; made for the first step of a run."""

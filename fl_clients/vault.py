@@ -16,7 +16,8 @@ import hashlib
 import logging
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,7 +45,7 @@ from fl_clients.protocol import (
 from fl_clients.roster import Roster
 from fl_clients.witness import Witness
 from models.errors import DataError
-from privacy.audit_format import Entry, utc_text
+from privacy.audit_format import Entry, check_body, utc_text
 from privacy.charges import Budget, ExactCharge, charges_of
 from privacy.errors import Refused
 from privacy.ledger import Reservation
@@ -119,6 +120,8 @@ class DataTerms:
 
     data_set: str
     budget: Budget
+    exact_allowed: bool = False
+    """SIMULATION ONLY: a job without epsilon may spend what has no number."""
     most_openings: int | None = None
     """Score openings of one enterprise over all jobs; of feature owners."""
 
@@ -149,7 +152,8 @@ class Vault:
         self._participants = tuple(bank.name for bank in contract.banks)
         self._stored: dict[tuple[str, int], tuple[bytes, bytes]] = {}
         self._stopped: str | None = None
-        self._destroyed = False
+        self._forgotten = False
+        self._ended = False
         self._state = JobState.AUTHORISED
         self._use = 0
         self._witness = Witness(contract, self.party, self._identity, institution.log)
@@ -196,6 +200,8 @@ class Vault:
                 return reply
             return self._refusal(*key, f"step {request.step} attempt {request.attempt} was asked with other content")
         if self._stopped is not None:
+            if not self._ended:  # the books could not be written when it stopped: they may now
+                self._fail(f"stopped in step {self._stopped}")
             return self._refusal(*key, f"{self.party} stopped this job in step {self._stopped}; start a new one")
         try:
             position, step = self._admit(request)
@@ -209,9 +215,12 @@ class Vault:
         try:
             self._check_terms(step)
             self._entries.extend(self._witness.take(request.heads))
-            self._enter(step, request)
+            self._check_heads(step, request)
+            with self._own_limits():
+                self._enter(step, request)
             outgoing = self._perform(step, request)
-            self._charge(step, outgoing)
+            with self._own_limits():
+                self._charge(step, outgoing)
             if step.kind is StepKind.CLOSE:
                 outgoing = self._close(outgoing)
         except (Refused, DataError) as error:
@@ -236,14 +245,16 @@ class Vault:
         self._stored[key] = (digest, reply)
         return reply
 
-    def stop(self, reason: str) -> None:
-        """End the run here, if it is not over: keys, pads and rows go, job book and log say so."""
-        if self._destroyed:
-            return
-        self._stopped, self._entries = "stop", []
-        self._end(reason)
-        entries, self._entries = self._entries, []
-        self._institution.log.append(entries)
+    @contextmanager
+    def _own_limits(self) -> Iterator[None]:
+        """What job book and ledger say stays here: a coordinator must not probe the budget by asking."""
+        try:
+            yield
+        except Refused as error:
+            self._note("refusal", {"limits": _loggable(str(error)), "use": self._use})
+            raise Refused(
+                f"the limits of {self.party} do not allow this run; its own people find the reason in its audit log"
+            ) from None
 
     # --- before anything leaves ------------------------------------------------------------------------------------
 
@@ -261,6 +272,24 @@ class Vault:
                 raise Refused(
                     f"step {step.name} would release {release} to {receiver}, which the contract does not list "
                     f"({', '.join(self.contract.receivers(release)) or 'nobody'}); sign another contract"
+                )
+
+    def _check_heads(self, step: Step, request: Request) -> None:
+        """Every other party that is still there must have shown its log at each stage that ended before this step."""
+        ended: Counter[str] = Counter()
+        for item in (item for exchange in schedule(self.contract) for item in exchange):
+            if item.step == step:
+                break
+            if ends_stage(item.step):
+                ended.update(["banks", "owners"] if item.audience == "all" else [item.audience])
+        for party in self.contract.parties:
+            side = "banks" if party.role == "bank" else "owners"
+            if party.name == self.party or (side == "banks" and party.name not in request.participants):
+                continue
+            if self._witness.shown_by(party.name) < ended[side]:
+                raise Refused(
+                    f"step {step.name}: {party.name} showed its audit log {self._witness.shown_by(party.name)} times, "
+                    f"{ended[side]} stages have ended; the coordinator withholds heads, or {party.name} shows none"
                 )
 
     def _enter(self, step: Step, request: Request) -> None:
@@ -309,7 +338,7 @@ class Vault:
                 data_set=self._data.data_set,
                 charges=charges_of(plan) if plan is not None else (EXACT,),
                 budget=self._data.budget,
-                exact_allowed=self.contract.simulation,
+                exact_allowed=self.contract.simulation and self._data.exact_allowed,
                 now=now,
             )
             self._note_ledger(ledger.spent(self._data.data_set, self._data.budget.delta).epsilon)
@@ -370,14 +399,21 @@ class Vault:
                 "releases": releases,
             },
         )
+        entries, self._entries = self._entries, []
         try:
-            head = self._institution.log.append(self._entries)
+            head = self._institution.log.append(entries)
         except Refused as error:
             self._forget()
             raise VaultFailedError(f"{type(error).__name__}: the audit log of {self.party} cannot be written") from None
         self._released.update(releases)
         self._bytes_out += len(body)
         return encode_reply(body, self._identity, self._witness.show(head) if ends_stage(step) else None)
+
+    def stop(self, reason: str) -> None:
+        """End the run without being asked: the process stops, or the contract expired. Logged; once."""
+        if self._use and not self._ended:
+            self._stopped = self._stopped or reason
+            self._fail(reason)
 
     # --- the end ---------------------------------------------------------------------------------------------------
 
@@ -389,7 +425,7 @@ class Vault:
 
     def _end(self, reason: str, model: str | None = None) -> None:
         """Keys, pads, alignments, rows and stored replies go; job book and log say so. Once."""
-        if self._destroyed:
+        if self._ended:
             return
         self._forget()
         institution = self._institution
@@ -417,7 +453,7 @@ class Vault:
             time=utc_text(now),
         )
         self._receipt = certificate.sign_receipt(receipt, self._identity)
-        self._note("destruction", {"receipt": self._receipt, "reason": reason})
+        self._note("destruction", {"receipt": self._receipt, "reason": _loggable(reason)})
         if self._state in (JobState.COLLECTING, JobState.APPLYING):
             institution.jobs.destroy(self.contract, reason, now)
             self._enter_state(JobState.DESTROYED)
@@ -433,10 +469,10 @@ class Vault:
 
     def _forget(self) -> None:
         """What must not outlive the job leaves memory."""
-        if not self._destroyed:
+        if not self._forgotten:
             self._role.destroy()
             self._stored.clear()
-        self._destroyed = True
+        self._forgotten = True
 
     def _certify(self, request: Request) -> Outgoing:
         """Check the certificate against what this party knows, and sign it."""
@@ -447,15 +483,13 @@ class Vault:
             raise Refused("the certificate is of another contract or run")
         if self._roster is None or dict(body.roster.announcements) != dict(self._roster.announcements):
             raise Refused("the certificate has other announcements than this party saw")
-        if body.participants != self._participants:
-            raise Refused(
-                f"the certificate names {list(body.participants)}, the last step had {list(self._participants)}"
-            )
+        if body.participants != request.participants:
+            raise Refused(f"the certificate names {list(body.participants)}, this step {list(request.participants)}")
         if dict(body.receipts[self.party]) != self._receipt:
             raise Refused(f"the receipt of {self.party} in the certificate is not the one it gave")
-        seen = self._witness.seen
+        seen = self._witness.seen | {self.party: self._witness.own}
         for party, head in body.heads.items():
-            if party != self.party and (party not in seen or seen[party] != head):
+            if seen.get(party) != head:
                 raise Refused(f"the head of {party} in the certificate is not the last one that {self.party} saw")
         self._note("certificate", {"hash": hashlib.sha256(request.certificate).hexdigest(), "use": self._use})
         return Outgoing(released={"signature": certificate.sign_body(request.certificate, self._identity)})
@@ -515,17 +549,27 @@ class Vault:
     def _refusal(self, step: str, attempt: int, reason: str) -> bytes:
         self._refusals += 1
         if self._refusals <= MOST_REFUSALS or self._refusals.bit_count() == 1:
-            body = {"step": step[:64], "attempt": attempt, "reason": reason[:2000], "use": self._use}
+            body = {"step": _loggable(step), "attempt": attempt, "reason": _loggable(reason), "use": self._use}
             self._note("refusal", body | {"number": self._refusals})
         entries, self._entries = self._entries, []
         try:
             if entries:
                 self._institution.log.append(entries)
         except Refused:
-            self._forget()
+            # no answer, and what the run holds stays: whoever asks out of order must not be able to end it
             raise VaultFailedError(f"the audit log of {self.party} cannot be written") from None
         reply = Reply(job=self.contract.hash, step=step, attempt=attempt, party=self.party, refused=reason)
         return encode_reply(reply_body(reply), self._identity)
+
+
+def _loggable(text: str) -> str:
+    """A text as the audit log takes it: one that could hold the code of an enterprise, or is too long, as its hash."""
+    shown = text[:2000]
+    try:
+        check_body("refusal", {"text": shown})
+    except Refused:
+        return f"not shown, SHA-256 {hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()}"
+    return shown
 
 
 DESTROYED = ("job keys", "encryption keys", "pads and masks", "noise shares", "alignment", "rows", "stored replies")

@@ -17,6 +17,9 @@ from fl_clients.served_jobs import ServedJobs
 from fl_clients.vault_service import serve
 from privacy.errors import Refused
 
+LOOK_S = 60.0
+"""Seconds between two looks for expired contracts."""
+
 
 def unattended_passphrase(home: Path) -> bytes | None:
     """The identity's passphrase, from a file or the keyring; `Refused` where somebody would have to type it."""
@@ -39,8 +42,9 @@ def run(home: Path) -> None:
     jobs = ServedJobs(institution)
     path.unlink(missing_ok=True)
     try:
-        with serve(institution.name, jobs.handle, path, jobs.open_lane):
-            stop.wait()
+        with serve(institution.name, jobs.answer, path, jobs.open_lane):
+            while not stop.wait(LOOK_S):
+                jobs.end_expired()
         jobs.close()
     finally:
         path.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import grpc
 
 from fl_clients.courier import CHANNEL_OPTIONS, HANDLE, LANE, WHO, Call
+from fl_clients.vault import VaultFailedError
 from privacy.errors import Refused
 
 
@@ -16,15 +17,15 @@ from privacy.errors import Refused
 def serve(party: str, handle: Call, socket: Path, open_lane: Callable[[bytes], None] | None = None) -> Iterator[None]:
     """Serve a party's vault while the context is open; steps are handled one at a time.
 
-    `handle` may raise `Refused`: the caller gets its line. `open_lane`: takes the coordinator's signed opening and
-    returns at once, or raises `Refused`; None: every step comes as a message.
+    `handle` may raise `Refused` or `VaultFailedError`: the caller gets its line. `open_lane`: takes the coordinator's
+    signed opening and returns at once, or raises `Refused`; None: every step comes as a message.
     """
 
     def step(request: bytes, context: grpc.ServicerContext) -> bytes:
         try:
             return handle(request)
-        except Refused as refused:
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(refused))
+        except (Refused, VaultFailedError) as error:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
             raise
 
     def lane(request: bytes, context: grpc.ServicerContext) -> bytes:

@@ -9,7 +9,9 @@ that rewrites its history, with the coordinator's help or without. Not against: 
 Source: RFC 6962 (signed tree heads), Laurie 2014; witness cosigning as in Syta et al. 2016 (CoSi), one by one.
 """
 
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from fl_clients.contract import Contract
@@ -37,11 +39,33 @@ class Witness:
         self._seen: dict[str, SignedHead] = {}
         self._countersigned: dict[str, str] = {}
         self._shown: list[SignedHead] = []
+        self._times: Counter[str] = Counter()
+        self._before = self._of_earlier_jobs()
 
     @property
     def seen(self) -> dict[str, SignedHead]:
         """The last head of every other party."""
         return dict(self._seen)
+
+    @property
+    def own(self) -> SignedHead | None:
+        """The last head that this party showed the others."""
+        return self._shown[-1] if self._shown else None
+
+    def shown_by(self, party: str) -> int:
+        """How often the party's log was shown in this run."""
+        return self._times[party]
+
+    def _of_earlier_jobs(self) -> dict[str, SignedHead]:
+        """The last head of each party that this log witnessed in any job, where the party still has the same key."""
+        found: dict[str, SignedHead] = {}
+        for entry in self._log.entries(kind="witness"):
+            for party, told in entry.body["heads"].items():
+                head = SignedHead.from_json(told)
+                with suppress(Refused):
+                    verify_head(self._contract.identity_of(party), head)
+                    found[party] = head
+        return found
 
     def take(self, heads: Sequence[dict[str, Any]]) -> tuple[Entry, ...]:
         """Check the others' heads, countersign them; returns what to log. `Refused` names the party that is wrong."""
@@ -50,6 +74,7 @@ class Witness:
         for shown in heads:
             head = self._checked(shown)
             self._seen[head.party] = head
+            self._times[head.party] += 1
             seen[head.party] = head.to_json()
             self._countersigned[head.party] = countersign(self._identity, head).hex()
             for size, signature in self._of_mine(shown, head.party).items():
@@ -90,7 +115,12 @@ class Witness:
             raise Refused(f"the head of {party}'s audit log is not signed by {party}: {error}") from None
         before = self._seen.get(party)
         if before is None:
+            earlier = self._before.get(party)
+            if earlier is not None and _contradict(earlier, head):
+                raise Refused(_rewritten(party, earlier, head))
             return head
+        if _contradict(before, head):
+            raise Refused(_rewritten(party, before, head))
         try:
             proof = tuple(bytes.fromhex(item) for item in shown["proof"])
             if shown["first"] != before.size:
@@ -98,8 +128,9 @@ class Witness:
             verify_consistency(before.size, before.root, head.size, head.root, proof)
         except (KeyError, TypeError, ValueError, Refused) as error:
             raise Refused(
-                f"the audit log of {party} ({head.size} entries) does not continue the one it showed before "
-                f"({before.size} entries): {error}; its history was rewritten, stop the job and call the auditor"
+                f"no proof came that the audit log of {party} ({head.size} entries) continues the one it showed before "
+                f"({before.size} entries): {error}; either {party} rewrote its history or the coordinator altered the "
+                "proof, stop the job and compare the logs (`xinyi-audit verify`)"
             ) from None
         return head
 
@@ -118,3 +149,15 @@ class Witness:
         except (KeyError, TypeError, ValueError, Refused) as error:
             raise Refused(f"the countersignature of {party} on the log of {self._me} is wrong: {error}") from None
         return {str(size): signature}
+
+
+def _contradict(earlier: SignedHead, later: SignedHead) -> bool:
+    """Two signed heads that no append-only log can have in this order."""
+    return later.size < earlier.size or (later.size == earlier.size and later.root != earlier.root)
+
+
+def _rewritten(party: str, earlier: SignedHead, later: SignedHead) -> str:
+    return (
+        f"the audit log of {party} had {earlier.size} entries at {earlier.time} and shows {later.size} with another "
+        "history now, both signed by it: its history was rewritten, stop the job and call the auditor"
+    )

@@ -9,6 +9,7 @@ Source: PKCS #8 encryption of privacy/identity.py; `keyring` (Secret Service, KW
 
 import getpass
 import os
+import secrets
 import sys
 import warnings
 from collections.abc import Callable
@@ -74,6 +75,11 @@ def for_new_key(key: Path, variable: str, ask: Ask = ask_at_terminal) -> bytes:
     if len(passphrase.decode(errors="replace")) < LEAST_LENGTH:
         raise Refused(f"a passphrase of fewer than {LEAST_LENGTH} characters is found by trying; take a longer one")
     return passphrase
+
+
+def generated() -> bytes:
+    """A passphrase that nobody has to remember, for a keyring: 256 bits of the operating system's generator."""
+    return secrets.token_hex(32).encode()
 
 
 def from_keyring(key: Path) -> bytes:

@@ -5,6 +5,7 @@ institution's machine. Not against: its administrator.
 """
 
 import os
+import secrets
 import sqlite3
 import stat
 from contextlib import suppress
@@ -53,7 +54,7 @@ def private_database(path: Path, busy_s: float) -> sqlite3.Connection:
 
 def write_private(path: Path, data: bytes) -> None:
     """Write a new file of mode 0600, on disk when it returns; an existing one is replaced whole or not at all."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:

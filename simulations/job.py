@@ -233,7 +233,8 @@ def data_terms(contract: Contract, training_rows: int) -> DataTerms:
     """SIMULATION ONLY: a data set that this one job may spend up."""
     epsilon = contract.privacy.epsilon or 1.0
     delta = contract.privacy.delta or default_delta(training_rows)
-    return DataTerms(data_set="simulated", budget=Budget(epsilon_job=epsilon, epsilon_total=epsilon, delta=delta))
+    budget = Budget(epsilon_job=epsilon, epsilon_total=epsilon, delta=delta)
+    return DataTerms(data_set="simulated", budget=budget, exact_allowed=True)
 
 
 def _bank_data(table: BankTable) -> BankData:

@@ -37,7 +37,10 @@ def finished() -> Run:
 def waiting() -> tuple[Parties, dict[str, bytes]]:
     """Every party waits for the last step; nobody has signed."""
     parties = small_parties(FEDERATION, rounds=1, epsilon=3.0)
-    return parties, run_until(parties, "certify")
+    requests = run_until(parties, "certify")
+    for party, data in requests.items():  # as the vault does before it looks at the certificate
+        parties.vaults[party]._witness.take(decode_request(data, parties.contract).heads)
+    return parties, requests
 
 
 def alterations(value: Any) -> list[Any]:
@@ -146,10 +149,12 @@ def test_no_vault_signs_an_altered_certificate(waiting: tuple[Parties, dict[str,
     for what, other in altered(plain):
         if what.startswith("('finished',)"):
             continue
-        with pytest.raises(Refused):
+        try:
             vault._certify(replace(asked, certificate=canonical(other)))
-            raise AssertionError(f"{party} signed: {what}")
-        tried += 1
+        except Refused:
+            tried += 1
+            continue
+        raise AssertionError(f"{party} signed: {what}")
     assert tried > 500
     vault._entries.clear()
     assert vault._certify(asked).released

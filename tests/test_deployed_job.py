@@ -16,7 +16,7 @@ from fl_clients.audit_cli import app as audit_app
 from fl_clients.institution import JOBS
 from fl_clients.processes import program
 from fl_server import enrolment, superlink
-from tests.governed_job import PARTIES, agree, command, node, prepare, server
+from tests.governed_job import DRAFT, PARTIES, agree, command, node, prepare, server
 
 pytestmark = pytest.mark.slow
 

@@ -38,7 +38,8 @@ class World:
     def make(self) -> None:
         job_folder.create_server_home(self.server)
         for party, role in ROLES.items():
-            institutions.create(self.home(party), party, role, SECRET.encode() if party == "bank1" else None)
+            secrets, phrase = ("passphrase", SECRET.encode()) if party == "bank1" else ("plain", None)
+            institutions.create(self.home(party), party, role, secrets, phrase)
             self.admin(party)
         self.write_draft()
 

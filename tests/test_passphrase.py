@@ -76,7 +76,7 @@ def never(question: str) -> str:
 
 def home(folder: Path, secret: str | None, secrets: str | None) -> Path:
     made = folder / "home"
-    institutions.create(made, "bank1", "bank", secret.encode() if secret else None)
+    institutions.create(made, "bank1", "bank", "passphrase" if secret else "plain", secret.encode() if secret else None)
     settings = {"name": "bank1", "role": "bank"} | ({"secrets": secrets} if secrets else {})
     (made / institutions.SETTINGS).write_text(tomli_w.dumps(settings))
     return made

@@ -13,7 +13,7 @@ from fl_clients.job_book import JobEntry, JobState
 from fl_clients.job_vault import JobVault
 from fl_clients.protocol import Request, address_of, decode_reply, decode_request, encode_request
 from fl_clients.served_jobs import ServedJobs
-from fl_clients.vault import Vault
+from fl_clients.vault import Vault, VaultFailedError
 from fl_server.coordinator import JobStoppedError
 from fl_server.deployed_job import follow, nodes_of
 from fl_server.enrolment import Book, Member
@@ -124,6 +124,30 @@ def test_stopping_the_vault_ends_its_runs_in_book_and_log(parties: Parties, made
     assert made == [0]
 
 
+def test_a_run_whose_contract_expired_is_ended(parties: Parties, made: list[int]) -> None:
+    institution = parties.institutions[BANK]
+    served = ServedJobs(institution)
+    served.handle(join(parties))
+    served.end_expired()
+    entry = institution.jobs.with_contract(parties.contract.hash)
+    assert entry is not None
+    assert entry.state is JobState.COLLECTING
+    late = replace(institution, clock=lambda: parties.contract.expires)
+    served._institution = late
+    served.end_expired()
+    entry = institution.jobs.with_contract(parties.contract.hash)
+    assert entry is not None
+    assert (entry.state, entry.reason) == (JobState.DESTROYED, "the contract expired")
+    assert made == [0]
+
+
+def test_the_wire_learns_no_reason(parties: Parties, made: list[int]) -> None:
+    served = ServedJobs(parties.institutions[BANK])
+    with pytest.raises(VaultFailedError, match="own log says why"):
+        served.answer(b"garbage")
+    assert made == []
+
+
 def test_a_later_run_ends_the_one_before_it(parties: Parties, made: list[int]) -> None:
     served = ServedJobs(parties.institutions[BANK])
     served.handle(join(parties))
@@ -133,7 +157,7 @@ def test_a_later_run_ends_the_one_before_it(parties: Parties, made: list[int]) -
     new = parties.institutions[BANK].log.entries()[len(ended) :]
     reasons = [entry.body["reason"] for entry in new if entry.kind == "destruction"]
     assert reasons[0] == "the coordinator began run 2"
-    assert "its contract allows 1" in str(reply.refused)
+    assert "the limits of bank1 do not allow this run" in str(reply.refused)
     assert made == [0, 1]
 
 

@@ -396,7 +396,9 @@ def test_a_forged_head_is_refused_and_names_the_party(signer: str) -> None:
     reason = str(refused(reply))
     assert "pboc" in reason, reason
     assert "signature" in reason, reason
-    assert "stopped this job" in str(refused(parties.vaults["bank1"].handle(waiting)))
+    assert "other content" in str(refused(parties.vaults["bank1"].handle(waiting)))
+    later = resigned(parties, waiting, step="match.2")
+    assert "stopped this job" in str(refused(parties.vaults["bank1"].handle(later)))
 
 
 def test_a_forged_countersignature_is_refused_and_names_the_party() -> None:
