@@ -25,7 +25,7 @@ def test_a_vault_answers_over_its_socket_and_only_its_user_may_connect(tmp_path:
     request = StepRequest(job=contract.hash, step="join", attempt=0, participants=("bank1", "bank2"))
     data = encode_request(request, parties.coordinator)
     socket = tmp_path / "bank1.sock"
-    with serve(parties.vaults["bank1"], socket):
+    with serve("bank1", parties.vaults["bank1"].handle, socket):
         assert stat.S_IMODE(socket.stat().st_mode) == 0o600
         with grpc.insecure_channel(f"unix:{socket}", options=CHANNEL_OPTIONS) as channel:
             assert channel.unary_unary(WHO)(b"", timeout=20) == b"bank1"
