@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fl_clients import at_home, institution
+from fl_clients import at_home, enrolment, institution, node_cli
 from fl_clients.at_home import HomeOption
 from fl_clients.audit_cli import audit_app
 from fl_clients.contract import Role
@@ -19,7 +19,7 @@ from privacy.errors import Refused
 from privacy.identity import SigningIdentity, fingerprint
 
 app = typer.Typer(
-    help="An institution's node: identity, people and policy, own data and consents, jobs, budget, audit log.",
+    help="An institution's node: identity, connection, people and policy, data and consents, jobs, budget, audit log.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -34,6 +34,10 @@ app.add_typer(job_app, name="job")
 app.add_typer(audit_app, name="audit")
 app.command()(card)
 app.command()(budget)
+app.command()(node_cli.join)
+app.command()(node_cli.check)
+app.command()(node_cli.run)
+app.command()(node_cli.down)
 job_app.command("data")(name_data)
 job_app.command("serve")(serve_job)
 job_app.command("purge")(purge_models)
@@ -51,7 +55,7 @@ def init(
     secrets: Annotated[Secrets, typer.Option(help="plain (mode 0600 alone), passphrase, or keyring.")] = "plain",
     home: HomeOption = None,
 ) -> None:
-    """Make the institution's home: identity, ledger, job book, audit log.
+    """Make the institution's home: identity, node keys, ledger, job book, audit log; check disk and database.
 
     Example: xinyi-node init bank1 --role bank
     """
@@ -65,10 +69,13 @@ def init(
             phrase = passphrase.generated()
             passphrase.to_keyring(key, phrase)
         institution.create(folder, name, role, secrets, phrase)
+        enrolment.make_node_keys(folder)
         with at_home.at_home(home) as opened:
             at_home.say(f"made {folder} of {name} ({role})")
             at_home.say(f"public key   {opened.identity.public.hex()}")
             at_home.say(f"fingerprint  {fingerprint(opened.identity.public)}")
+        if not node_cli.print_checks(folder):
+            raise typer.Exit(1)
 
 
 @app.command()

@@ -17,7 +17,7 @@ import sqlite3
 import threading
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta, timezone
 from pathlib import Path
@@ -119,7 +119,8 @@ class ConsentStore:
     """The institution's consents. Methods take the present moment `now`, with a time zone (ValueError without)."""
 
     def __init__(self, path: Path) -> None:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        with suppress(FileExistsError):  # one that exists is not opened here: see privacy/private_file.py
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         try:
             # a vault answers on the worker thread of its socket; the lock keeps statements apart
             self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)

@@ -110,6 +110,13 @@ class JobBook:
             raise Refused(f"job {job!r}: {'unknown here' if not found else 'ambiguous'}; see `xinyi-node job list`")
         return _entry(found[0])
 
+    def with_contract(self, contract_hash: bytes) -> JobEntry | None:
+        """The job whose contract has this hash."""
+        row = self._database.execute(
+            "SELECT contract, state, uses, reason, updated FROM job WHERE hash = ?", (contract_hash.hex(),)
+        ).fetchone()
+        return None if row is None else _entry(row)
+
     def all(self) -> tuple[JobEntry, ...]:
         """Every job, newest change first."""
         rows = self._database.execute("SELECT contract, state, uses, reason, updated FROM job ORDER BY updated DESC")

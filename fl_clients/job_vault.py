@@ -11,7 +11,7 @@ import json
 import os
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -169,6 +169,13 @@ class JobVault:
     vault: Vault
     role: Bank | FeatureOwner
     folder: Path
+    lock: ExitStack
+    """Held while the vault may answer: a job has one vault at a time, over all processes."""
+
+    def close(self, reason: str) -> None:
+        """End the run if it is not over, and let another vault take the job."""
+        self.vault.stop(reason)
+        self.lock.close()
 
     def handle(self, data: bytes) -> bytes:
         """The vault's answer; the model is on the disk (0600) when the run was closed."""
@@ -180,7 +187,13 @@ class JobVault:
 
 
 def job_vault(institution: Institution, job: str) -> JobVault:
-    """The vault of an approved job that everyone signed, over the table that was named for it."""
+    """The vault of an approved job that everyone signed, over the table that was named for it; to be closed."""
+    with ExitStack() as lock:
+        lock.enter_context(only_vault(institution, job))
+        return _locked_vault(institution, job, lock)
+
+
+def _locked_vault(institution: Institution, job: str, lock: ExitStack) -> JobVault:
     entry = institution.jobs.get(job)
     entry.signed.check_all()
     binding = read_binding(institution, entry)
@@ -198,6 +211,7 @@ def job_vault(institution: Institution, job: str) -> JobVault:
         vault=Vault(institution=institution, signed=entry.signed, role=role, data=data),
         role=role,
         folder=private_folder(institution.home / JOBS / entry.contract.job),
+        lock=lock.pop_all(),
     )
 
 

@@ -301,6 +301,19 @@ def encode_request(request: Request, coordinator: SigningIdentity) -> bytes:
     return _encode(_body(request), _REQUEST, coordinator)
 
 
+def address_of(data: bytes) -> tuple[bytes, str]:
+    """(hash of the contract, name of the step) that a request says it is for: to find its vault. Nothing is checked."""
+    try:
+        _, body, _, _ = msgpack.unpackb(data, max_bin_len=1 << 31)
+        plain = msgpack.unpackb(body, max_bin_len=1 << 31)
+        job, step = plain["job"], plain["step"]
+    except Exception:
+        job = step = None
+    if not isinstance(job, bytes) or not isinstance(step, str):
+        raise Refused(f"a message of {len(data)} bytes is no step of a job; the coordinator's program is another one")
+    return job, step
+
+
 def decode_request(data: bytes, contract: Contract) -> Request:
     """Raises `Refused` unless signed by the coordinator that the contract names, for this very contract."""
     request: Request = _decode(Request, data, _REQUEST, bytes.fromhex(contract.coordinator_identity), "the coordinator")

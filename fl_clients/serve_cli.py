@@ -2,7 +2,6 @@
 
 import signal
 import threading
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -53,8 +52,7 @@ def serve_job(
 
     Example: xinyi-node job serve 5f0c --socket /run/xinyi/bank1.sock
     """
-    with at_home.one_line(), at_home.at_home(home) as institution, ExitStack() as locked:
-        locked.enter_context(job_vault.only_vault(institution, job))
+    with at_home.one_line(), at_home.at_home(home) as institution:
         vault = job_vault.job_vault(institution, job)
         stop = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -67,7 +65,7 @@ def serve_job(
             expires = vault.vault.contract.expires
             while not stop.wait(0.2) and not vault.vault.is_certified and institution.clock() < expires:
                 pass
-        vault.vault.stop("the contract expired" if institution.clock() >= expires else "the vault was stopped")
+        vault.close("the contract expired" if institution.clock() >= expires else "the vault was stopped")
         socket.unlink(missing_ok=True)
     if vault.vault.is_closed:
         say(f"run {vault.vault.use} is closed; model: {vault.folder / f'model.{vault.vault.use}.json'}")

@@ -11,13 +11,11 @@ from rich.table import Table
 from fl_clients import who_sees_what
 from fl_clients.contract import Contract, SignedContract
 from fl_clients.protocol import schedule
-from fl_server import job_folder
-from fl_server.job_cli import HomeOption, job_app
-from privacy.errors import Refused
-from privacy.identity import fingerprint
+from fl_server import federation_cli
+from fl_server.job_cli import job_app
 
 app = typer.Typer(
-    help="The coordinator: drafts contracts, collects signatures, runs jobs, says what a job would do.",
+    help="The coordinator: its federation, drafts of contracts, signatures, jobs, and what a job would do.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -25,26 +23,20 @@ app = typer.Typer(
 
 
 app.add_typer(job_app, name="job")
+app.command()(federation_cli.init)
+app.command()(federation_cli.invite)
+app.command()(federation_cli.up)
+app.command()(federation_cli.down)
+app.command()(federation_cli.status)
+app.command()(federation_cli.watch)
+app.command()(federation_cli.models)
+app.command()(federation_cli.revoke)
+app.command()(federation_cli.renew)
 
 
 @app.callback()
 def _xinyi() -> None:
     pass
-
-
-@app.command()
-def init(home: HomeOption = None) -> None:
-    """Make the coordinator's home with a fresh identity.
-
-    Example: xinyi-server init
-    """
-    try:
-        folder = job_folder.server_home(home)
-        identity = job_folder.create_server_home(folder)
-    except (OSError, Refused) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
-    typer.echo(f"made {folder}, public key {identity.public.hex()}, fingerprint {fingerprint(identity.public)}")
 
 
 @app.command()

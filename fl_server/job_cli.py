@@ -1,5 +1,6 @@
 """`xinyi-server job`: drafts, signatures, invitations. It only parses and prints."""
 
+import json
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from rich.table import Table
 
 from fl_clients.contract import COORDINATOR, SignedContract
 from fl_clients.courier import client_app, vault_at
-from fl_server import job_folder
+from fl_server import deployed_job, enrolment, job_folder, superlink
 from fl_server.coordinator import Coordinator, JobStoppedError, Watch
 from fl_server.job_draft import contract_of
 from fl_server.memory_grid import MemoryGrid
@@ -34,7 +35,8 @@ JobArgument = Annotated[str, typer.Argument(help="Number of the job, or an unamb
 
 
 @contextmanager
-def _one_line() -> Iterator[None]:
+def one_line() -> Iterator[None]:
+    """What is refused ends in one line and exit code 2."""
     try:
         yield
     except (Refused, JobStoppedError, OSError) as error:
@@ -56,7 +58,7 @@ def new(
 
     Example: xinyi-server job new sme.toml
     """
-    with _one_line():
+    with one_line():
         folder = job_folder.server_home(home)
         identity = job_folder.coordinator_identity(folder)
         contract = contract_of(file, job=secrets.token_hex(16), coordinator=identity.public, now=datetime.now(UTC))
@@ -78,7 +80,7 @@ def sign(
 
     Example: xinyi-server job sign 5f0c 5f0c.bank1.signature.json 5f0c.pboc.signature.json
     """
-    with _one_line():
+    with one_line():
         folder = job_folder.server_home(home)
         signed = job_folder.load(folder, job)
         if COORDINATOR not in signed.signatures:
@@ -98,7 +100,7 @@ def invite(
 
     Example: xinyi-server job invite 5f0c --out invitations
     """
-    with _one_line():
+    with one_line():
         signed = job_folder.load(job_folder.server_home(home), job)
         for path in job_folder.invite(signed, out):
             _say(f"written {path}")
@@ -111,7 +113,7 @@ def list_jobs(home: HomeOption = None) -> None:
 
     Example: xinyi-server job list
     """
-    with _one_line():
+    with one_line():
         every = job_folder.load_all(job_folder.server_home(home))
     shown = Table("job", "purpose", "expires (UTC)", "signatures missing")
     for signed in every:
@@ -127,7 +129,7 @@ def show(job: JobArgument, home: HomeOption = None) -> None:
 
     Example: xinyi-server job show 5f0c
     """
-    with _one_line():
+    with one_line():
         signed = job_folder.load(job_folder.server_home(home), job)
     contract = signed.contract
     epsilon = "none (simulation)" if contract.privacy.epsilon is None else f"{contract.privacy.epsilon:g}"
@@ -148,33 +150,57 @@ def show(job: JobArgument, home: HomeOption = None) -> None:
 @job_app.command()
 def start(
     job: JobArgument,
-    vaults: Annotated[list[str], typer.Option("--vault", help="party=socket of its vault, once for each party.")],
+    vaults: Annotated[
+        list[str] | None,
+        typer.Option("--vault", help="party=socket of its vault, once for each party; without it, over the network."),
+    ] = None,
     home: HomeOption = None,
 ) -> None:
-    """Run a job that everyone signed, over the sockets of the parties' vaults (`xinyi-node job serve`).
+    """Run a job that everyone signed: over Flower and the lanes of the connected institutions, or over sockets here.
 
-    Example: xinyi-server job start 5f0c --vault bank1=/srv/bank1/vault.sock --vault pboc=/srv/pboc/vault.sock
+    Example: xinyi-server job start 5f0c
     """
-    with _one_line():
+    with one_line():
         folder = job_folder.server_home(home)
         signed = job_folder.load(folder, job)
         signed.check_all()
-        sockets = _sockets(signed, vaults)
-        identity = job_folder.coordinator_identity(folder)
-        use, out = job_folder.begin_run(folder, signed)
-        nodes = dict(enumerate(sockets.values(), start=1))
-        courier = client_app(lambda context: vault_at(nodes[context.node_id]))
-        grid = MemoryGrid(courier, {node: {} for node in nodes})
-        with _progress() as watch:
-            outcome = Coordinator(grid=grid, signed=signed, identity=identity, use=use, watch=watch).run()
-        write_outcome(out, signed, outcome)
-        metrics = outcome_figures(signed.contract, outcome)["pooled_metrics"]
+        if vaults:
+            use, out, metrics = _over_sockets(folder, signed, _sockets(signed, vaults))
+        else:
+            use, out, metrics = _over_the_network(folder, signed)
     if metrics is None:
         _say("pooled metrics: the noise of this epsilon drowns the held-out rows")
     else:
         _say(f"pooled AUC {metrics['auc']:.4f} (noise {metrics['auc_noise_std']:.4f}), KS {metrics['ks']:.4f}")
     _say(f"run {use} of {signed.contract.uses}: {out}")
     _say(f"next: xinyi-audit certificate {out / 'certificate.json'}")
+
+
+_Finished = tuple[int, Path, dict[str, float] | None]
+"""Number of the run, folder of its result, pooled metrics."""
+
+
+def _over_sockets(folder: Path, signed: SignedContract, sockets: dict[str, str]) -> _Finished:
+    identity = job_folder.coordinator_identity(folder)
+    use, out = job_folder.begin_run(folder, signed)
+    nodes = dict(enumerate(sockets.values(), start=1))
+    courier = client_app(lambda context: vault_at(nodes[context.node_id]))
+    grid = MemoryGrid(courier, {node: {} for node in nodes})
+    with _progress() as watch:
+        outcome = Coordinator(grid=grid, signed=signed, identity=identity, use=use, watch=watch).run()
+    write_outcome(out, signed, outcome)
+    return use, out, outcome_figures(signed.contract, outcome)["pooled_metrics"]
+
+
+def _over_the_network(folder: Path, signed: SignedContract) -> _Finished:
+    deployed_job.nodes_of(enrolment.read_book(folder), signed.contract)
+    if not superlink.healthy(folder):
+        raise Refused("the coordinator is down; start it with `xinyi-server up`, or name sockets with --vault")
+    use, out = job_folder.begin_run(folder, signed)
+    run = superlink.start_run(folder, job=signed.contract.job, use=use)
+    with _progress() as watch:
+        deployed_job.follow(folder, run, out, watch)
+    return use, out, json.loads((out / "result.json").read_text(encoding="utf-8"))["pooled_metrics"]
 
 
 def _sockets(signed: SignedContract, told: list[str]) -> dict[str, str]:

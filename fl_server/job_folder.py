@@ -123,6 +123,14 @@ def begin_run(home: Path, signed: SignedContract) -> tuple[int, Path]:
     return use, runs / str(use) / RESULT
 
 
+def run_folder(home: Path, signed: SignedContract, use: int) -> Path:
+    """The folder that `begin_run` made for run number `use`."""
+    folder = home / JOBS / signed.contract.job / RUNS / str(use)
+    if not folder.is_dir():
+        raise Refused(f"run {use} of job {signed.contract.job[:8]} was never begun; use `xinyi-server job start`")
+    return folder
+
+
 def _folders(home: Path) -> list[Path]:
     jobs = home / JOBS
     return sorted(path for path in jobs.iterdir() if (path / CONTRACT).exists()) if jobs.is_dir() else []

@@ -1,14 +1,13 @@
-"""The coordinator as a Flower ServerApp: the contract and the identity come from files that the run config names."""
+"""The coordinator as a Flower ServerApp: in a simulation with what the caller holds, deployed from its home."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fl_clients.contract import SignedContract
+from fl_server import deployed_job, job_folder
 from fl_server.coordinator import Coordinator, Outcome, Watch
-from fl_server.run_store import write_outcome
 from privacy.identity import SigningIdentity
 
 
@@ -35,8 +34,6 @@ app = ServerApp()
 
 @app.main()
 def _main(grid: Grid, context: Context) -> None:
-    """`flwr run` with run config `contract` (JSON file), `identity` (key file) and `out` (directory of the result)."""
-    signed = SignedContract.model_validate_json(Path(str(context.run_config["contract"])).read_text(encoding="utf-8"))
-    identity = SigningIdentity.load(Path(str(context.run_config["identity"])))
-    outcome = Coordinator(grid=grid, signed=signed, identity=identity).run()
-    write_outcome(Path(str(context.run_config["out"])), signed, outcome)
+    """`xinyi-server job start` starts this; run config: `job` (its number), `use` (number of the run)."""
+    home = job_folder.server_home(None)
+    deployed_job.drive(grid, home, str(context.run_config["job"]), int(str(context.run_config["use"])))

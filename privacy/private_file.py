@@ -8,6 +8,7 @@ import os
 import secrets
 import sqlite3
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from privacy.errors import Refused
@@ -31,11 +32,13 @@ def private_database(path: Path, busy_s: float) -> sqlite3.Connection:
     no database, no plain file, or readable by others.
     """
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        with suppress(FileExistsError):
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600))
+        # never opened here if it exists: closing it would drop the locks of this process's other connections to it,
+        # and another process would then take away the log that they write to (sqlite.org/howtocorrupt.html, 2.2)
+        status = os.lstat(path)
     except OSError as error:
         raise Refused(f"{path}: {error.strerror}; give a plain file in an existing folder") from None
-    status = os.fstat(descriptor)
-    os.close(descriptor)
     if not stat.S_ISREG(status.st_mode) or stat.S_IMODE(status.st_mode) & 0o077:
         mode = stat.S_IMODE(status.st_mode)
         raise Refused(f"{path} has mode {mode:04o}, at most 0600 is safe; chmod 600 {path}")

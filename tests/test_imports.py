@@ -21,6 +21,7 @@ MAY_IMPORT = {
 PROTOCOL_MODULES = {
     *("fl_clients.contract", "fl_clients.protocol", "fl_clients.roster", "fl_clients.courier"),
     *("fl_clients.certificate", "fl_clients.who_sees_what"),
+    *("fl_clients.app_bundle", "fl_clients.invite", "fl_clients.processes", "fl_clients.tls", "fl_clients.frames"),
 }
 SECRET_TYPES = {
     *("JobKeys", "BankKey", "ConsortiumKey", "OneTimePad", "SystemNoise", "KeyedForwardNoise", "RecordedNoise"),

@@ -390,7 +390,9 @@ def test_no_command_shortens_or_rewrites_the_log_and_nothing_secret_is_shown(
         for leaf in getattr(command, "commands", {"": None})
     }
     homeless = {("people", "key"), ("policy", "draft"), ("identity",)}
-    others = {("init",), ("job", "data"), ("job", "serve"), ("job", "purge")}  # tested where they are defined
+    # tested where they are defined
+    others = {("init",), ("join",), ("check",), ("run",), ("down",)}
+    others |= {("job", "data"), ("job", "serve"), ("job", "purge")}
     assert {one for one in every if one[0] not in ("data", "consent")} - named == homeless | others
     done = 0
     for command in commands:
