@@ -6,8 +6,9 @@ this draw. Not exact as OpenDP's sampler is (`privacy.noise`), but 100 times fas
 Formula: P(k) ~ exp(-k^2 / (2 std^2)), by |k| and a sign; tail beyond 13.4 std (probability below 2^-128) cut off.
     table[j] = floor(2^128 P(|X| <= j)), uniform u in [0, 2^128): |X| = number of entries <= u
 Distance: each of at most 13.4 * 2^14 entries is rounded by 2^-128, and the tail: together below 2^-110.
-Source: Peikert 2010 (inversion), Canonne, Kamath, Steinke 2020 (why discrete); uniforms from ChaCha20 (RFC 8439) under a
-fresh key of the operating system's generator. No seed reaches it. Not constant-time: the time of a draw is not hidden.
+Source: Peikert 2010 (inversion), Canonne, Kamath, Steinke 2020 (why discrete); uniforms from ChaCha20 (RFC 8439) under
+a fresh key of the operating system's generator. No seed reaches it.
+Not constant-time: the time of a draw is not hidden.
 """
 
 import math

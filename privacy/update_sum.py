@@ -9,8 +9,8 @@ Overflow is refused beforehand: `choose_update` fits `banks` additions and 12 st
 Rounding error of the average, a coordinate: standard deviation at most grid sqrt(banks) / (2 sum of weights).
 Noise shares (one step of FedSGD, per-record clipping to L2 norm C): one record moves the sum by at most
 C / grid + sqrt(length) grid units, since rounding with the same u moves each coordinate by less than 1 more.
-Source: stochastic rounding as in Gupta et al. 2015; distributed discrete Gaussian of Kairouz, Liu, Steinke 2021 (with the
-worst-case rounding term in place of their conditional rounding); packing as BatchCrypt (Zhang et al. 2020), exact.
+Source: stochastic rounding as in Gupta et al. 2015; distributed discrete Gaussian of Kairouz, Liu, Steinke 2021 (with
+the worst-case rounding term in place of their conditional rounding); packing as BatchCrypt (Zhang et al. 2020), exact.
 """
 
 import math
@@ -150,8 +150,8 @@ def choose_update(
         largest_value = math.floor((largest_sum - tail * math.sqrt(length) - 1) / (banks + per_value))
     if largest_value < LEAST_LARGEST_VALUE:
         raise Refused(
-            f"{banks} updates{' with their noise' if noise else ''} in sums of {width} bits leave {largest_value} steps "
-            f"for one value, the limit is {LEAST_LARGEST_VALUE}: they would overflow; put fewer values into a "
+            f"{banks} updates{' with their noise' if noise else ''} in sums of {width} bits leave {largest_value} "
+            f"steps for one value, the limit is {LEAST_LARGEST_VALUE}: they would overflow; put fewer values into a "
             f"coefficient than {values_per_coefficient}, or lower the noise"
         )
     plan = UpdatePlan(
@@ -199,8 +199,8 @@ def quantise(update: Float64, weight: int, plan: UpdatePlan, rounding_key: bytes
     if largest > plan.clip:
         places = int(np.count_nonzero(np.abs(update) > plan.clip))
         raise Refused(
-            f"{places} of {plan.length} values of the update are beyond the clip {plan.clip:g}; lower the learning "
-            "rate, set l2_clip, or agree on a larger clip"
+            f"{places} of {plan.length} values of the update are beyond the clip {plan.clip:g}; give l2_clip, or agree "
+            "on a larger clip"
         )
     uniforms = stream(rounding_key, -(-plan.length // 2)).view(np.uint32)[: plan.length] * 2.0**-32
     rounded = np.floor(update * (weight / plan.grid) + uniforms)
@@ -244,7 +244,7 @@ def packed(contribution: Contribution, plan: UpdatePlan) -> UInt64:
             f"{plan.length} and {plan.counts}"
         )
     if counts.size and (int(counts.max()) > plan.largest_count or int(counts.min()) < -plan.largest_count):
-        raise Refused(f"a count is beyond the bound {plan.largest_count} of the terms; raise the bound in the terms")
+        raise Refused(f"a count is beyond the bound {plan.largest_count} of the terms; the terms must allow more")
     side = np.concatenate([np.array([contribution.weight], np.int64), counts])
     return np.concatenate(
         [
