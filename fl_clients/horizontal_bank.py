@@ -1,8 +1,9 @@
 """A bank's side of a horizontal job: keys, order of steps, its summand, and the opening of the sum.
 
 Guarantee: of this bank's update only the sum with the other participants' can be opened, by banks, once a step. A step
-is run again only with fewer participants than before (somebody failed), with fresh masks and noise, as the next attempt,
-before its sum was opened; so two different subsets of one step are never opened by a bank that follows the protocol.
+is run again only with fewer participants than before (somebody failed), with fresh masks and noise, as the next
+attempt, before its sum was opened; so two different subsets of one step are never opened by a
+bank that follows the protocol.
 Against: the coordinator and the other banks (semi-honest), as long as two other participants follow the protocol.
 Not covered: a coordinator that invents a failure and has one bank decrypt both attempts learns the difference, which is
 the update of the bank it left out, with that bank's noise. Its signature under both lists stays with every bank.
@@ -271,7 +272,8 @@ class HorizontalBank:
         if int(residues[-1]) != expected:
             raise Refused(
                 f"the sum of {handed.step} is not that of attempt {handed.attempt} and {len(handed.participants)} "
-                "banks, all with the same model: a ciphertext is of another round or damaged, or models or attempts differ"
+                "banks, all with the same model: a ciphertext is damaged or of another round, or models or attempts "
+                "differ"
             )
         opened = unpacked(residues[:-1], plan)
         claim = encode_fields([b"opened", self._place(handed), hashlib.sha256(residues.tobytes()).digest()])

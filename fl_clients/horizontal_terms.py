@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from typing import Literal, Self, TypeVar
 
 import msgpack
-from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from privacy.errors import Refused
@@ -214,7 +214,7 @@ class Header(_Frozen):
 
 
 class Answer(_Frozen):
-    """What a bank says with its reply, signed by it. `brings`: SHA-256 of the summand or mail; `proof`: see `Header`."""
+    """What a bank says with its reply, signed by it. `brings`: digest of summand or mail; `proof`: as in `Header`."""
 
     job: bytes
     step: str
@@ -313,6 +313,14 @@ def _read_roster(roster: bytes, job: bytes, identities: tuple[tuple[str, bytes],
 def bytes_record(payload: bytes) -> ArrayRecord:
     """Bytes as a Flower array: Flower sends arrays in chunks, byte strings in a ConfigRecord it does not."""
     return ArrayRecord({"bytes": Array(dtype="uint8", shape=(len(payload),), stype="bytes", data=payload)})
+
+
+def bytes_in(record: ConfigRecord, key: str) -> bytes:
+    """A byte string of a config record; another type or none: `Refused`."""
+    found = record.get(key)
+    if not isinstance(found, bytes):
+        raise Refused(f"a message without {key!r}; its sender runs another version, drop it")
+    return found
 
 
 def bytes_of(content: RecordDict) -> bytes:

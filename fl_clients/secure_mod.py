@@ -2,9 +2,9 @@
 
     app = ClientApp(mods=[secure_mod(terms, bank_of)])            with SecureStrategy(terms=...) in the ServerApp
 
-The app trains as it always did: it is given the global model and replies with its own; the mod sends the difference into
-the secure sum, opens the last sum, and runs the server's step here, at the bank. The coordinator sees ciphertexts only
-(`fl_clients.horizontal_bank` says what is guaranteed). What the app replies beside that stays at the bank, except the
+The app trains as it always did: it is given the global model and replies with its own; the mod sends the difference
+into the secure sum, opens the last sum, and runs the server's step here, at the bank. The coordinator sees ciphertexts
+only (`fl_clients.horizontal_bank` says what is guaranteed). What the app replies beside that stays at the bank, except the
 metrics that the terms release by name.
 What the app is given: "arrays" (global model), "config", and after an evaluation "counts" (its opened sums).
 What it replies to `train`: "arrays" (its model) or "update" (the difference itself), and a metric "num-examples" (rows:
@@ -28,6 +28,7 @@ from fl_clients.horizontal_terms import (
     Answer,
     Header,
     HorizontalTerms,
+    bytes_in,
     bytes_of,
     bytes_record,
     participants_hash,
@@ -102,7 +103,7 @@ def secure_mod(
         header, content, brings = None, RecordDict(), b""
         again, refused = False, ""
         try:
-            header = read_header(bytes(sent["header"]), bytes(sent["signature"]), terms)
+            header = read_header(bytes_in(sent, "header"), bytes_in(sent, "signature"), terms)
             payload = bytes_of(message.content)
             if hashlib.sha256(payload).digest() != (header.handed.digest if header.handed else header.mail_digest):
                 raise Refused(f"step {header.step}: the mail is not what the coordinator signed; it was damaged")
@@ -112,7 +113,7 @@ def secure_mod(
             return _reply(message, bank, header, RecordDict(), b"", str(error))
         try:
             if header.step in ("join", "key", "admit"):
-                brings = _set_up(bank, header, payload, bytes(sent.get("letter", b"")))
+                brings = _set_up(bank, header, payload, bytes_in(sent, "letter"))
             else:
                 content, brings = _step(bank, header, again, payload, message, context, call_next, server_step)
                 if header.step == "check" and finished is not None:
@@ -238,12 +239,12 @@ def _check_claim(terms: HorizontalTerms, content: RecordDict) -> None:
     expected = "clipped-gradient" if terms.noise else "dp-sgd" if terms.own_noise else ""
     if kind != expected:
         raise Refused(
-            f"the app claims {kind or 'no privacy'}, the terms are for {expected or 'no privacy'}: noise shares go with "
-            "one-step clipped gradients only, and DP-SGD with each bank's own noise only"
+            f"the app claims {kind or 'no privacy'}, the terms are for {expected or 'no privacy'}: noise shares "
+            "go with one-step clipped gradients only, and DP-SGD with each bank's own noise only"
         )
     if terms.noise is not None and claim.get("record-l2-clip") != terms.noise.record_l2_clip:
         raise Refused(
-            f"the app clips each record to {claim.get('record-l2-clip')}, the terms to {terms.noise.record_l2_clip}"
+            f"the app clips each record to {claim.get('record-l2-clip')!r}, the terms to {terms.noise.record_l2_clip}"
         )
 
 

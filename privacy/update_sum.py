@@ -232,7 +232,8 @@ class OpenedSum:
         """The weighted average of the updates, float64[length]; bit-equal at every bank and in the plaintext twin."""
         if self.weight < 1:
             raise Refused("the weights of the participants add up to nothing; no average can be taken")
-        return self.values * (plan.grid / self.weight)
+        average: Float64 = self.values.astype(np.float64) * (plan.grid / self.weight)
+        return average
 
 
 def packed(contribution: Contribution, plan: UpdatePlan) -> UInt64:

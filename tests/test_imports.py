@@ -18,10 +18,17 @@ MAY_IMPORT = {
     "models": {"models"},
     "privacy": {"privacy"},
 }
-PROTOCOL_MODULES = {"fl_clients.contract", "fl_clients.protocol", "fl_clients.roster", "fl_clients.courier"}
+PROTOCOL_MODULES = {
+    "fl_clients.contract",
+    "fl_clients.protocol",
+    "fl_clients.roster",
+    "fl_clients.courier",
+    "fl_clients.horizontal_terms",
+}
 SECRET_TYPES = {
     *("JobKeys", "BankKey", "ConsortiumKey", "OneTimePad", "SystemNoise", "KeyedForwardNoise", "RecordedNoise"),
     *("Session", "Bank", "FeatureOwner", "Vault", "OwnerDesign", "BankData", "OwnerData", "LabelledRows"),
+    *("HorizontalBank", "Memory", "TableNoise", "Contribution"),
 }
 FLOWER_FREE = ("models", "privacy")
 HEAVY = ("torch", "tenseal", "privacy", "models")
