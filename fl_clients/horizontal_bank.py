@@ -245,8 +245,9 @@ class HorizontalBank:
         """Every participant has opened what this bank opened (or holds its key and roster): else `Refused`."""
         if not self.memory.claim:
             return
-        for bank in header.participants:
-            if not hmac.compare_digest(header.proofs.get(bank, b""), self._proof(bank)):
+        expected = _proofs(self._key_at(), self.memory.claim, header.participants)
+        for bank, proof in zip(header.participants, expected, strict=True):
+            if not hmac.compare_digest(header.proofs.get(bank, b""), proof):
                 raise Refused(
                     f"step {header.step}: {bank} does not prove that it has the same key and opened the same sum as "
                     f"{self.name}; the coordinator or {bank} deviates, stop the job"
@@ -254,10 +255,7 @@ class HorizontalBank:
 
     def proof(self) -> bytes:
         """For the other key holders: that this bank opened what it opened. Empty before admission."""
-        return self._proof(self.name) if self.memory.claim else b""
-
-    def _proof(self, bank: str) -> bytes:
-        return self._consortium().digest(encode_fields([b"proof", self.memory.claim, bank.encode()]))
+        return _proofs(self._key_at(), self.memory.claim, (self.name,))[0] if self.memory.claim else b""
 
     def open_sum(self, header: Header, summed: bytes) -> tuple[str, OpenedSum] | None:
         """Open the sum that the header hands out: (its step, the sum); None if it hands out none."""
@@ -268,8 +266,8 @@ class HorizontalBank:
             raise Refused(f"the sum of {handed.step} is not the one that the coordinator signed; it was damaged")
         plan = self._plan(handed.step)
         residues = self._consortium().open(summed, plan.coefficients + 1)
-        expected = sum(self._check_value(handed, bank) for bank in handed.participants) & plan.parameters.mask
-        if int(residues[-1]) != expected:
+        expected = _check_values(self._key_at(), self._made_of(handed), handed.participants)
+        if int(residues[-1]) != expected & plan.parameters.mask:
             raise Refused(
                 f"the sum of {handed.step} is not that of attempt {handed.attempt} and {len(handed.participants)} "
                 "banks, all with the same model: a ciphertext is damaged or of another round, or models or attempts "
@@ -295,7 +293,9 @@ class HorizontalBank:
             tag = f"{self.terms.hash.hex()}/{header.step}/{header.attempt}/{self.name}"
             noised = replace(contribution, values=contribution.values + self._noise.gaussian(tag, std, plan.length))
             multiplier = plan.noise.noise_multiplier
-        residues = np.append(packed(noised, plan), np.uint64(self._check_value(here, self.name)))
+        residues = np.append(
+            packed(noised, plan), np.uint64(_check_values(self._key_at(), self._made_of(here), (self.name,)))
+        )
         publics = read_roster(self.memory.roster, self.terms)
         mask = pairwise_mask(
             self.name,
@@ -341,24 +341,44 @@ class HorizontalBank:
             [self.terms.hash, here.step.encode(), here.attempt.to_bytes(8, "big"), participants_hash(here.participants)]
         )
 
-    def _check_value(self, here: Handed, bank: str) -> int:
-        return self._consortium().check_value(encode_fields([self._place(here), self.memory.model, bank.encode()]))
+    def _made_of(self, here: Handed) -> bytes:
+        return encode_fields([self._place(here), self.memory.model])
 
     def _keys(self) -> JobKeys:
         if not self.memory.job_key:
             raise Refused(f"{self.name} has no job key; it must join first")
         return JobKeys.restore(self.memory.job_key)
 
-    def _consortium(self) -> ConsortiumKey:
+    def _key_at(self) -> tuple[int, bytes]:
         if not self.memory.consortium:
             raise Refused(f"{self.name} has no common key of this job; it cannot open or add to a sum")
-        return _consortium_key(len(self.terms.banks), self.memory.consortium)
+        return len(self.terms.banks), self.memory.consortium
+
+    def _consortium(self) -> ConsortiumKey:
+        return _consortium_key(self._key_at())
+
+
+# All banks of a job have the same key and open the same sum: a process that simulates many of them does this once.
 
 
 @lru_cache(maxsize=2)
-def _consortium_key(banks: int, secret: bytes) -> ConsortiumKey:
-    # one key for all banks of a job: a process that simulates many of them loads it once
+def _consortium_key(key: tuple[int, bytes]) -> ConsortiumKey:
+    banks, secret = key
     return ConsortiumKey(choose_sum(parties=banks), secret)
+
+
+@lru_cache(maxsize=4)
+def _proofs(key: tuple[int, bytes], claim: bytes, banks: tuple[str, ...]) -> tuple[bytes, ...]:
+    """What each bank says, who knows the key and opened what `claim` says."""
+    consortium = _consortium_key(key)
+    return tuple(consortium.digest(encode_fields([b"proof", claim, bank.encode()])) for bank in banks)
+
+
+@lru_cache(maxsize=4)
+def _check_values(key: tuple[int, bytes], made_of: bytes, banks: tuple[str, ...]) -> int:
+    """The sum of the banks' check values."""
+    consortium = _consortium_key(key)
+    return sum(consortium.check_value(encode_fields([made_of, bank.encode()])) for bank in banks)
 
 
 def _same(handed: Handed, awaited: Handed) -> bool:

@@ -234,6 +234,7 @@ class Announcement(_Frozen):
     signature: bytes
 
 
+@lru_cache(maxsize=8)
 def participants_hash(participants: tuple[str, ...]) -> bytes:
     """SHA-256 of the list of banks, in the order of the terms."""
     return hashlib.sha256(encode_fields(name.encode() for name in participants)).digest()

@@ -4,8 +4,8 @@
 
 The app trains as it always did: it is given the global model and replies with its own; the mod sends the difference
 into the secure sum, opens the last sum, and runs the server's step here, at the bank. The coordinator sees ciphertexts
-only (`fl_clients.horizontal_bank` says what is guaranteed). What the app replies beside that stays at the bank, except the
-metrics that the terms release by name.
+only (`fl_clients.horizontal_bank` says what is guaranteed). What the app replies beside that stays at the bank, except
+the metrics that the terms release by name.
 What the app is given: "arrays" (global model), "config", and after an evaluation "counts" (its opened sums).
 What it replies to `train`: "arrays" (its model) or "update" (the difference itself), and a metric "num-examples" (rows:
 the weight); with differential privacy also a config record "privacy", its claim (see `_check_claim`).

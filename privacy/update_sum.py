@@ -192,20 +192,23 @@ def quantise(update: Float64, weight: int, plan: UpdatePlan, rounding_key: bytes
         raise Refused(f"an update of shape {update.shape}, the job's model has {plan.length} values; check the model")
     if not 1 <= weight <= plan.largest_weight:
         raise Refused(f"a weight outside 1..{plan.largest_weight}; the terms bound the rows of a bank")
-    largest = float(np.abs(update).max(initial=0.0))  # NaN if any is
-    if not math.isfinite(largest):
+    high, low = float(update.max(initial=0.0)), float(update.min(initial=0.0))  # NaN if any is
+    if not (math.isfinite(high) and math.isfinite(low)):
         places = int(np.count_nonzero(~np.isfinite(update)))
         raise Refused(f"{places} of {plan.length} values of the update are not finite; lower the learning rate")
-    if largest > plan.clip:
+    if max(high, -low) > plan.clip:
         places = int(np.count_nonzero(np.abs(update) > plan.clip))
         raise Refused(
             f"{places} of {plan.length} values of the update are beyond the clip {plan.clip:g}; give l2_clip, or agree "
             "on a larger clip"
         )
-    uniforms = stream(rounding_key, -(-plan.length // 2)).view(np.uint32)[: plan.length] * 2.0**-32
-    rounded = np.floor(update * (weight / plan.grid) + uniforms)
+    # in place: a million values are bound by memory
+    rounded = stream(rounding_key, -(-plan.length // 2)).view(np.uint32)[: plan.length] * 2.0**-32
+    rounded += update * (weight / plan.grid)
+    np.floor(rounded, out=rounded)
     # weight x clip / grid may be a last bit above largest_value
-    return np.clip(rounded, -plan.largest_value, plan.largest_value).astype(np.int64)
+    np.clip(rounded, -plan.largest_value, plan.largest_value, out=rounded)
+    return rounded.astype(np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Sums of model updates: exact as in clear, unbiased rounding, overflow refused beforehand, noise of the stated size."""
+"""Sums of model updates: exact as in clear, unbiased rounding, overflow refused beforehand, noise as stated."""
 
 import math
 import os
