@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Literal, Self, TypeVar
 
 import msgpack
@@ -107,6 +108,11 @@ class HorizontalTerms(_Frozen):
         if self.counts is not None:
             self.plan("evaluate")
         return self
+
+    @classmethod
+    def load(cls, path: Path | str) -> "HorizontalTerms":
+        """Read a terms file (JSON). Everybody's must be the same to the letter of its meaning: its hash is the job."""
+        return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
 
     @property
     def colluding(self) -> int:

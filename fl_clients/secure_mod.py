@@ -12,6 +12,7 @@ the weight); with differential privacy also a config record "privacy", its claim
 What it replies to `evaluate`: "counts", one int64 array as long as the terms say, and "num-examples".
 """
 
+import copy
 import hashlib
 import logging
 import traceback
@@ -193,8 +194,8 @@ def _step(
     given = RecordDict({"arrays": state[MODEL], "config": message.content.config_records.get("config", ConfigRecord())})
     if opened is not None and len(opened[1].counts):
         given["counts"] = ArrayRecord({"counts": Array(opened[1].counts)})
-    inner = Message(given, dst_node_id=message.metadata.dst_node_id, message_type=message.metadata.message_type)
-    inner.metadata.__dict__.update(message.metadata.__dict__)
+    inner = copy.copy(message)  # only a ServerApp may make messages
+    inner.content = given
     reply = call_next(inner, context)
     if reply.has_error():
         raise Refused("its app replied with an error")

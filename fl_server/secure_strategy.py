@@ -43,6 +43,8 @@ LOGGER = logging.getLogger(__name__)
 
 WAIT_S = 120.0
 
+_MOST_NAMES = 10
+
 
 class RoundStoppedError(Exception):
     """The job cannot go on: one line that names the banks and says why."""
@@ -394,7 +396,15 @@ class SecureStrategy(Strategy):
         LOGGER.warning("%s is left out: %s", bank, reason)
 
     def _why(self) -> str:
-        return "; ".join(f"{bank}: {reason}" for bank, reason in self.failed.items())
+        """Who failed and why, on one line; many banks with one reason are named once."""
+        banks_of: dict[str, list[str]] = {}
+        for bank, reason in self.failed.items():
+            banks_of.setdefault(reason, []).append(bank)
+        return "; ".join(
+            f"{', '.join(banks[:_MOST_NAMES])}{f' and {more} more' if (more := len(banks) - _MOST_NAMES) > 0 else ''}: "
+            f"{reason}"
+            for reason, banks in banks_of.items()
+        )
 
     def _check_left(self, step: str) -> None:
         left = len(self._participants)

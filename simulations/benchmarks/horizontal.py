@@ -29,7 +29,7 @@ from rich.table import Table
 
 from fl_clients.secure_mod import secure_mod
 from fl_server.secure_strategy import SecureStrategy
-from privacy import secure_sum
+from privacy import seal_bytes, secure_sum
 from privacy.gaussian_table import discrete_gaussian_vector
 from privacy.masks import pairwise_mask
 from privacy.sealing import JobKeys
@@ -126,7 +126,7 @@ def measure_pieces(size: Size = FULL) -> Pieces:
                 evaluator.add_inplace(mine, other)
     with clock("write"):
         for part_sum in loaded[0]:
-            secure_sum.seal_bytes.dump(part_sum)
+            seal_bytes.dump(part_sum)
     with clock("read"):
         secure_sum._ciphertexts(context, summed)
     with clock("decrypt"):
