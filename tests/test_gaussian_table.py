@@ -1,6 +1,7 @@
 """The vectorised discrete Gaussian: its table against high precision, its draws against the distribution."""
 
 import math
+import os
 from fractions import Fraction
 
 import numpy as np
@@ -60,9 +61,7 @@ def test_a_tie_in_the_upper_half_is_decided_by_the_lower_half(monkeypatch: pytes
     high, cumulative = gaussian_table._table(2.0)
     monkeypatch.setattr(gaussian_table, "stream", lambda key, length: np.full(length, high[3], np.uint64))
     for low, magnitude in ((0, 3), ((1 << 64) - 1, 4)):
-        monkeypatch.setattr(
-            gaussian_table.os, "urandom", lambda size, low=low: low.to_bytes(8) if size == 8 else bytes(size)
-        )
+        monkeypatch.setattr(os, "urandom", lambda size, low=low: low.to_bytes(8) if size == 8 else bytes(size))
         assert int(abs(discrete_gaussian_vector(2.0, 1)[0])) == magnitude
     assert cumulative[3] & ((1 << 64) - 1) not in (0, (1 << 64) - 1)
 

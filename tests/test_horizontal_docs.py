@@ -42,7 +42,7 @@ def test_the_five_lines_train_a_model_that_only_banks_have(tmp_path: Path, monke
     models = [context.state.array_records["xinyi.model"]["weights"].numpy() for context in grid._contexts.values()]
     # half the way to 1 in each of three rounds
     assert all(np.abs(model - 0.875).max() < 1e-5 for model in models)
-    assert np.array_equal(*models)
+    assert np.array_equal(models[0], models[1])
 
 
 def test_the_lines_are_five() -> None:

@@ -92,7 +92,7 @@ def test_rounding_is_unbiased_and_the_same_everywhere() -> None:
     assert np.array_equal(rounded, quantise(np.full(200_000, wanted), 1_000, plan, KEY))
     assert not np.array_equal(rounded, quantise(np.full(200_000, wanted), 1_000, plan, KEY[::-1]))
     # known answer: other machines must round alike
-    assert rounded[:16].tolist() == quantise(np.full(200_000, wanted), 1_000, plan, KEY)[:16].tolist()
+    assert np.flatnonzero(rounded[:32]).tolist() == [5, 8, 12, 17, 20, 29, 31]
 
 
 def test_the_average_is_within_the_stated_rounding_error() -> None:

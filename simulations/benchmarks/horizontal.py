@@ -1,8 +1,9 @@
 """Horizontal training: what the secure sum costs a round, against Flower's plain FedAvg in the same run.
 
 Kernel: a million parameters over ten banks, piece by piece, beside TenSEAL CKKSVector as NVIDIA FLARE sets it up.
-Rounds: the same ClientApp (an MLP of 20-32-1 on 256 rows a bank, torch, one thread, `EPOCHS` epochs) with Flower's FedAvg
-and with `SecureStrategy` and `secure_mod`, in memory and on Flower's Ray engine. The plain run sends models in clear.
+Rounds: the same ClientApp (an MLP of 20-32-1 on 256 rows a bank, torch, one thread, `EPOCHS` epochs) with Flower's
+FedAvg and with `SecureStrategy` and `secure_mod`, in memory and on Flower's Ray engine. The plain run sends models
+in clear.
 Units: seconds of wall time, bytes, megabytes of all processes of the run.
 """
 
@@ -46,8 +47,8 @@ Engine = Literal["memory", "ray"]
 
 @dataclass(frozen=True, kw_only=True)
 class Pieces:
-    """Seconds of one bank (quantise, noise, mask, encrypt), of the coordinator (load all, add all, write the sum) and of
-    a bank that opens the sum (read it, decrypt and unpack)."""
+    """Seconds of one bank (quantise, noise, mask, encrypt), of the coordinator (load all, add all, write the sum) and
+    of a bank that opens the sum (read it, decrypt and unpack)."""
 
     parameters: int
     banks: int
@@ -408,7 +409,8 @@ def measure(quick: bool) -> tuple[Pieces, list[Rounds]]:
 def tables(pieces: Pieces, rounds: Sequence[Rounds]) -> list[Table]:
     """The kernel beside CKKS, and the rounds beside plain FedAvg."""
     kernel = Table(
-        title=f"Update sum: {pieces.parameters:,} parameters, {pieces.banks} banks, {'exact' if pieces.exact else 'NOT EXACT'}",
+        title=f"Update sum: {pieces.parameters:,} parameters, {pieces.banks} banks"
+        f"{'' if pieces.exact else ', NOT EXACT'}",
         caption=f"A bank's part {pieces.faster:.1f} times faster, {pieces.smaller:.1f} times smaller than CKKS. "
         f"Noise shares (only where the terms say so): {pieces.noise:.3f} s more.",
     )
