@@ -282,6 +282,9 @@ def test_a_bank_with_bad_input_refuses_itself_and_the_round_survives(
     assert list(strategy.failed) == ["bank_1"]
     assert reason in strategy.failed["bank_1"]
     assert "6217" not in strategy.failed["bank_1"]
+    gone = decode_memory(wire.contexts()[1].state.array_records["xinyi.memory"]["bytes"].data)
+    assert (gone.job_key, gone.consortium, gone.contribution) == (b"", b"", None)
+    assert reason in gone.stopped
     left = [name for name in TARGETS if name != "bank_1"]
     expected = twin(made, 3, lambda number: left if number >= 2 else list(TARGETS))
     kept = [context for context in wire.contexts() if context.node_config["partition-id"] != 1]
@@ -416,6 +419,14 @@ def test_an_opened_step_is_not_run_again() -> None:
     _, strategy = after_round(parties(), 2)
     answers = strategy.ask_again("train.1", 1, tuple(TARGETS)[:3])
     assert all("it is over" in answer for answer in answers)
+
+
+def test_the_last_step_is_not_run_again_once_it_is_open() -> None:
+    _, strategy = after_round(parties(), 1)
+    strategy._collect("close", 0, strategy._ask("close", 0, "train", RecordDict()))
+    assert strategy.failed == {}
+    answers = strategy.ask_again("train.1", 1, tuple(TARGETS)[:3])
+    assert all("its sum was opened" in answer for answer in answers)
 
 
 def test_after_a_rerun_the_first_attempts_sum_is_not_opened() -> None:
