@@ -43,7 +43,7 @@ STEPS: Mapping[str, ServerStep] = {"fedavg": fed_avg, "fedprox": fed_avg, "fedad
 
 
 class TrainingPlan(BaseModel):
-    """What all banks train, the same everywhere. `digest` stands in the purpose of the terms, `columns`: their schema."""
+    """What all banks train. `digest` stands in the purpose of the terms; `columns`: the schema."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from rich import box
+from rich.table import Table
 
 from fl_server.report import line_chart
 
@@ -27,9 +29,8 @@ MODELS = {
 def render(result: Mapping[str, Any]) -> str:
     """The page as HTML text. Raises ValueError if the AUC of the federated model is missing or a model is unknown."""
     auc = result["auc"]
-    if "federated" not in auc or (unknown := sorted(set(auc) - set(MODELS))):
+    if "federated" not in auc or set(auc) - set(MODELS):
         raise ValueError(f"result['auc'] has models {sorted(auc)}: expected federated and some of {', '.join(MODELS)}")
-    del unknown
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -57,6 +58,18 @@ def render(result: Mapping[str, Any]) -> str:
         chart=_chart(result["by_round"]),
     )
     return page + "\n"
+
+
+def console_table(result: Mapping[str, Any]) -> Table:
+    """The comparison for the command line."""
+    table = Table(title="Same held-out rows", box=box.SIMPLE, title_justify="left")
+    for column in ("model", "AUC, all rows", "AUC, own rows", "KS"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for key, (name, _, _) in MODELS.items():
+        if key in result["auc"]:
+            figures = [f"{result[part][key]:.4f}" for part in ("auc", "auc_own_rows", "ks")]
+            table.add_row(name, *figures, style="bold" if key == "federated" else None)
+    return table
 
 
 def _verdict(result: Mapping[str, Any]) -> str:

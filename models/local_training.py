@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from models.errors import DataError
-from models.nets import NetSpec, from_vector, to_vector
+from models.nets import NetSpec, from_vector, one_thread, to_vector
 from models.standardising import Inputs
 
 Float32 = npt.NDArray[np.float32]
@@ -59,6 +59,13 @@ def train(
     """
     if len(inputs) == 0 or label.shape != (len(inputs),) or not np.isin(label, (0, 1)).all():
         raise DataError(f"{len(inputs)} rows with labels of shape {label.shape}; training needs rows, labels 0 and 1")
+    with one_thread():
+        return _passes(spec, vector, inputs, label, settings, seed, shared)
+
+
+def _passes(
+    spec: NetSpec, vector: Float32, inputs: Inputs, label: Int8, settings: LocalSettings, seed: int, shared: int | None
+) -> Float32:
     net = from_vector(spec, vector)
     decayed = [part for part in net.parameters() if part.ndim > 1]
     plain = [part for part in net.parameters() if part.ndim == 1]

@@ -6,6 +6,8 @@ batch: it would carry statistics of rows outside the vector. The same seed gives
 Sources: He et al. 2016 and Gorishniy et al. 2021 (residual network for tables, here without dropout).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -92,6 +94,18 @@ class _Residual(nn.Module):
         return changed
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: the order of additions, so the bits, do not depend on the machine's load or settings; for
+    networks this small more threads are slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def initial_vector(spec: NetSpec, seed: int) -> Float32:
     """Parameters of a fresh network, float32[parameters]; the global generator of torch is left as it was."""
     with torch.random.fork_rng(devices=[]):
@@ -129,7 +143,7 @@ def head_size(spec: NetSpec) -> int:
 def scores(spec: NetSpec, vector: Float32, inputs: Inputs) -> Int64:
     """Fixed-point logits of PD, int64[n], in units of 2^-16, clipped to +-1024 logits."""
     net = from_vector(spec, vector)
-    with torch.no_grad():
+    with one_thread(), torch.no_grad():
         logits = net(torch.from_numpy(inputs.numbers), torch.from_numpy(inputs.codes)).double().numpy()
     fixed: Int64 = np.rint(np.clip(logits, -1024.0, 1024.0) * (1 << SCORE_BITS)).astype(np.int64)
     return fixed

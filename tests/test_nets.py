@@ -83,6 +83,21 @@ def test_training_learns_and_repeats_to_the_bit(kind: NetKind) -> None:
     assert loss(trained) < 0.55 < loss(vector)
 
 
+def test_the_number_of_threads_changes_no_bit_and_is_put_back() -> None:
+    spec, inputs, label = learnable(6000)
+    vector, chosen = initial_vector(spec, 5), LocalSettings(batch_rows=6000, passes=2)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(train(spec, vector, inputs, label, chosen, seed=2))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert np.array_equal(*found)
+
+
 def test_fedprox_holds_the_shared_parameters_back_and_only_those() -> None:
     spec, inputs, label = learnable()
     vector = initial_vector(spec, 5)
