@@ -95,7 +95,7 @@ def test_the_number_of_threads_changes_no_bit_and_is_put_back() -> None:
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
-    assert np.array_equal(*found)
+    assert np.array_equal(found[0], found[1])
 
 
 def test_fedprox_holds_the_shared_parameters_back_and_only_those() -> None:
