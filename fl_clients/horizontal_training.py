@@ -2,10 +2,12 @@
 
     rounds 1 and 2      nobody trains; the evaluation sums the statistics that make the inputs (`models.standardising`)
     rounds 3 ...        train from the shared parameters; the evaluation sums two score histograms: validation, held out
-Guarantee: only what `secure_mod` encrypts leaves. With `personalised` the last layer never leaves the bank.
+Guarantee: only what `secure_mod` encrypts leaves. With `personalised` the last layer never leaves the bank,
+and after the last round each bank trains on by itself, as far as its own validation rows gain.
 Every bank stops by itself, and all in the same round, when the AUC of the summed validation histogram has not risen for
 `patience` rounds; then updates are zero. The best round's parameters are the result, and each bank picks them itself.
 Every step is a pure function of (parameters, rows, plan, bank, round), so the plaintext twin uses the same ones.
+Sources: Arivazhagan et al. 2019 (personal layers), Wang et al. 2019 (training on by oneself).
 """
 
 import hashlib
@@ -24,6 +26,7 @@ from fl_clients.secure_mod import MODEL, BankOf, ServerStep, bank_from_node_conf
 from models import standardising
 from models.binning import ColumnSpec
 from models.errors import DataError
+from models.fixed_point import SCORE_BITS
 from models.local_training import LocalSettings, train
 from models.nets import NetKind, NetSpec, head_size, initial_vector, net_spec, scores
 from models.score_histogram import EDGES, ScoreHistogram
@@ -35,6 +38,9 @@ Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 
 VALIDATION_SHARE = 0.15
+OWN_ROUNDS = 20
+"""How often a bank goes over its rows by itself at the end of a personalised job."""
+
 HISTOGRAM = 2 * (len(EDGES) - 1)
 """Numbers of one score histogram; an evaluation brings validation and held out, one after the other."""
 
@@ -74,6 +80,11 @@ class TrainingPlan(BaseModel):
     def local(self) -> LocalSettings:
         proximal = self.proximal if self.strategy == "fedprox" else 0.0
         return LocalSettings(passes=self.passes, learning_rate=self.learning_rate, proximal=proximal)
+
+    @property
+    def own_local(self) -> LocalSettings:
+        """Of a bank that trains on by itself."""
+        return LocalSettings(passes=self.passes, learning_rate=self.learning_rate)
 
     @property
     def server_step(self) -> ServerStep:
@@ -184,6 +195,28 @@ def trained(
     return after[: len(shared)], after[len(shared) :]
 
 
+def tuned(plan: TrainingPlan, bank: str, rows: BankRows, best: Best) -> Best:
+    """The end of a personalised job: the bank trains on by itself, all parameters, and keeps those with the least loss on
+    its own validation rows, the given ones among them. Nothing of this leaves. Without validation rows: as given."""
+    if len(rows.validation[0]) == 0:
+        return best
+    vector = np.concatenate([best.shared, best.own])
+    kept, least = vector, _loss(plan, vector, rows)
+    inputs, label = rows.training
+    for number in range(plan.all_rounds + 1, plan.all_rounds + 1 + OWN_ROUNDS):
+        vector = train(plan.spec, vector, inputs, label, plan.own_local, seed=plan.seed_of(bank, number))
+        loss = _loss(plan, vector, rows)
+        if loss < least:
+            kept, least = vector, loss
+    return replace(best, shared=kept[: len(best.shared)], own=kept[len(best.shared) :])
+
+
+def _loss(plan: TrainingPlan, vector: Float32, rows: BankRows) -> float:
+    inputs, label = rows.validation
+    logit = scores(plan.spec, vector, inputs) / float(1 << SCORE_BITS)
+    return float(np.mean(np.logaddexp(0.0, logit) - label * logit))
+
+
 def score_counts(plan: TrainingPlan, rows: BankRows, shared: Float32, own: Float32) -> Int64:
     """Both score histograms of a bank, int64[plan.counts]."""
     vector = np.concatenate([shared, own])
@@ -239,6 +272,8 @@ def horizontal_app(
         name, _ = bank_of(context)
         best, own = _recall(context, plan)
         best = _judged(best, plan.all_rounds, counts, model["vector"].numpy(), own)
+        if plan.personalised:
+            best = tuned(plan, name, rows_of(name, _consenting(data_of(name)), counts), best)
         keep(name, best, counts)
 
     app = ClientApp(mods=[secure_mod(terms, bank_of, server_step=plan.server_step, finished=finished)])

@@ -163,10 +163,12 @@ def run_horizontal(federation: Federation, plan: TrainingPlan) -> HorizontalRun:
         "report.html": render(result),
         "terms.json": parties.terms.model_dump_json(indent=1),
         "plan.json": plan.model_dump_json(indent=1),
-        "models/shared.json": json.dumps(one.shared.tolist()),
     }
     if plan.personalised:
-        files |= {f"models/own_{place}.json": json.dumps(best[name].own.tolist()) for place, name in enumerate(best)}
+        for place, found in enumerate(best.values()):
+            files[f"models/own_{place}.json"] = json.dumps([*found.shared.tolist(), *found.own.tolist()])
+    else:
+        files["models/shared.json"] = json.dumps(one.shared.tolist())
     return HorizontalRun(result=result, files=files)
 
 

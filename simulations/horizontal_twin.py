@@ -23,6 +23,7 @@ from fl_clients.horizontal_training import (
     score_counts,
     statistics,
     trained,
+    tuned,
     weight,
 )
 from models.nets import scores
@@ -84,6 +85,8 @@ def replay(plan: TrainingPlan, terms: HorizontalTerms, data: Mapping[str, BankDa
         opened = _sum([score_counts(plan, rows[name], shared, own[name]) for name in data])
         counts[f"evaluate.{number}"] = opened
         best = {name: best[name].after(number, opened, shared, own[name]) for name in data}
+    if plan.personalised:
+        best = {name: tuned(plan, name, rows[name], best[name]) for name in data}
     return Trained(best=best, counts=counts, rows=rows)
 
 

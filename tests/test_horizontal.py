@@ -12,7 +12,15 @@ from flwr.app import Array, ArrayRecord, Message
 from typer.testing import CliRunner
 
 from fl_clients.data import BankData
-from fl_clients.horizontal_training import HISTOGRAM, Best, TrainingPlan, horizontal_app, validation_auc, weight
+from fl_clients.horizontal_training import (
+    HISTOGRAM,
+    Best,
+    TrainingPlan,
+    horizontal_app,
+    tuned,
+    validation_auc,
+    weight,
+)
 from fl_server.horizontal_report import MODELS, render
 from fl_server.secure_strategy import RoundStoppedError, SecureStrategy
 from models.errors import DataError
@@ -20,7 +28,7 @@ from models.score_histogram import ScoreHistogram
 from models.standardising import PASSES
 from privacy.errors import Refused
 from simulations import cli, demo_federation
-from simulations.federation_folder import Federation
+from simulations.federation_folder import Federation, load
 from simulations.horizontal import (
     HorizontalRun,
     Judged,
@@ -31,7 +39,7 @@ from simulations.horizontal import (
     run_encrypted,
     run_horizontal,
 )
-from simulations.horizontal_twin import replay
+from simulations.horizontal_twin import held_out_scores, replay
 from simulations.memory_grid import MemoryGrid
 from tests.small_federation import small_federation
 
@@ -183,6 +191,29 @@ def test_the_best_round_is_the_first_with_the_highest_validation_auc() -> None:
     assert not best.is_over(PASSES, 1)
 
 
+def test_a_bank_trains_on_by_itself_only_as_far_as_its_own_validation_rows_gain(federation: Federation) -> None:
+    plan = make_plan(federation, net="mlp", rounds=1, personalised=True)
+    run = replay(plan, make_parties(plan, bank_data(federation)).terms, bank_data(federation), rounded=True)
+    name, rows = next(iter(run.rows.items()))
+    shared, own = plan.initial()
+    start = Best(shared=shared, own=own, auc=0.5, round_number=3)
+
+    def loss(best: Best) -> float:
+        logit = held_out_scores(plan, best, rows.validation[0]) / 65536
+        return float(np.mean(np.logaddexp(0, logit) - rows.validation[1] * logit))
+
+    better = tuned(plan, name, rows, start)
+    assert loss(better) < loss(start)
+    assert (better.auc, better.round_number) == (0.5, 3)
+    inputs, label = rows.training
+    misleading = replace(rows, training=(inputs, (1 - label).astype(np.int8)))
+    trained_well = run.best[name]
+    assert loss(tuned(plan, name, misleading, trained_well)) <= loss(trained_well)
+    none = np.zeros(len(rows.validation[1]), np.bool_)
+    blind = replace(rows, validation=(rows.validation[0].take(none), rows.validation[1][none]))
+    assert tuned(plan, name, blind, start) is start
+
+
 def test_rows_without_consent_take_no_part(federation: Federation) -> None:
     plan = make_plan(federation, net="logistic", rounds=2)
     whole = bank_data(federation)
@@ -320,3 +351,30 @@ def test_the_page_escapes_names_and_is_loud_about_a_difference(finished: Horizon
 def test_the_weight_of_a_bank_is_its_training_rows(federation: Federation) -> None:
     data = bank_data(federation)
     assert [weight(table) for table in data.values()] == [int((~bank.held_out).sum()) for bank in federation.banks]
+
+
+# --- real data --------------------------------------------------------------------------------------------------------
+
+DATA = Path("/work/shared/data")
+
+
+@pytest.mark.slow
+def test_three_banks_of_fate_reach_the_pooled_network() -> None:
+    if not (DATA / "fate_default_credit").is_dir():
+        pytest.skip(f"no test data in {DATA}")
+    federation = load(DATA / "fate_default_credit", split="split_homo.json")
+    result = run_horizontal(federation, make_plan(federation, net="mlp")).result
+    assert result["exact"] is True
+    assert abs(result["auc"]["federated"] - result["auc"]["float"]) < 0.001
+    assert result["auc"]["federated"] > result["auc"]["pooled"] - 0.003
+
+
+@pytest.mark.slow
+def test_personalised_banks_of_sba_beat_themselves_alone_and_the_plain_average() -> None:
+    if not (DATA / "sba_loans").is_dir():
+        pytest.skip(f"no test data in {DATA}")
+    federation = load(DATA / "sba_loans")
+    result = run_horizontal(federation, make_plan(federation, net="mlp", personalised=True)).result
+    assert result["exact"] is True
+    own = result["auc_own_rows"]
+    assert own["federated"] > max(own["alone"], own["not_personalised"])
