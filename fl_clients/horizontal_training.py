@@ -196,7 +196,7 @@ def trained(
 
 
 def tuned(plan: TrainingPlan, bank: str, rows: BankRows, best: Best) -> Best:
-    """The end of a personalised job: the bank trains on by itself, all parameters, and keeps those with the least loss on
+    """The end of a personalised job: the bank trains all parameters by itself and keeps those with the least loss on
     its own validation rows, the given ones among them. Nothing of this leaves. Without validation rows: as given."""
     if len(rows.validation[0]) == 0:
         return best
