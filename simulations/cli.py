@@ -59,6 +59,7 @@ def _terms(error: ValidationError) -> str:
 @app.callback()
 def _xinyi() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("flwr").setLevel(logging.WARNING)  # it reports every round
 
 
 @app.command()

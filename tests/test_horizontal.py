@@ -297,6 +297,7 @@ def test_the_command_trains_and_writes_figures_report_and_models(folder: Path, t
     assert result["exact"] is True
     assert "not_personalised" in result["auc"]
     assert "exact: yes" in done.output
+    assert done.stderr == ""
     page = (out / "report.html").read_text()
     assert "<svg" in page
     assert "SYNTHETIC" in page
