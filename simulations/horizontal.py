@@ -150,7 +150,7 @@ def run_horizontal(federation: Federation, plan: TrainingPlan) -> HorizontalRun:
         "ks": {name: judged.ks for name, judged in models.items()},
         "best_round": one.round_number - PASSES,
         "by_round": rounds,
-        "exact": _is_exact(best, counts, twin),
+        "exact": is_exact(best, counts, twin),
         "failed": dict(strategy.failed),
         "seconds": {"total": trained - started, "twin": replayed - trained},
         "bytes": {"up": sum(cost.bytes_up for cost in costs), "down": sum(cost.bytes_down for cost in costs)},
@@ -223,7 +223,7 @@ def _baselines(plan: TrainingPlan, data: Mapping[str, BankData]) -> dict[str, Ju
     return {"alone": Judged.of_scores(each), "pooled": Judged.of_scores(dict(zip(data, parts, strict=True)))}
 
 
-def _is_exact(best: Mapping[str, Best], counts: Mapping[str, Mapping[str, Int64]], twin: Trained) -> bool:
+def is_exact(best: Mapping[str, Best], counts: Mapping[str, Mapping[str, Int64]], twin: Trained) -> bool:
     """Parameters of every bank and every opened sum equal the rounded twin's, bit by bit."""
     return set(best) == set(twin.best) and all(
         np.array_equal(best[name].shared, twin.best[name].shared)

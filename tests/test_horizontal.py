@@ -32,7 +32,7 @@ from simulations.federation_folder import Federation, load
 from simulations.horizontal import (
     HorizontalRun,
     Judged,
-    _is_exact,
+    is_exact,
     bank_data,
     make_parties,
     make_plan,
@@ -87,14 +87,14 @@ def test_every_strategy_is_exact_with_the_sums_of_every_round(federation: Federa
     parties = make_parties(plan, data)
     best, counts, _ = run_encrypted(plan, parties, data)
     twin = replay(plan, parties.terms, data, rounded=True)
-    assert _is_exact(best, counts, twin)
+    assert is_exact(best, counts, twin)
     start, own = plan.initial()
     name = next(iter(best))
     assert not np.array_equal(best[name].shared, start), "something was learned"
     # what the flag is for: one bit in one bank's parameters
     bent = best[name].shared.copy()
     bent[0] = np.nextafter(bent[0], np.float32(9))
-    assert not _is_exact(best | {name: replace(best[name], shared=bent)}, counts, twin)
+    assert not is_exact(best | {name: replace(best[name], shared=bent)}, counts, twin)
     owns = [found.own for found in best.values()]
     if plan.personalised:
         assert parties.terms.parameters == len(start)
@@ -109,7 +109,7 @@ def test_the_float_run_does_not_pass_for_the_rounded_one(federation: Federation)
     data = bank_data(federation)
     parties = make_parties(plan, data)
     best, counts, _ = run_encrypted(plan, parties, data)
-    assert not _is_exact(best, counts, replay(plan, parties.terms, data, rounded=False))
+    assert not is_exact(best, counts, replay(plan, parties.terms, data, rounded=False))
 
 
 class Listening(MemoryGrid):
@@ -232,8 +232,8 @@ def test_rows_without_consent_take_no_part(federation: Federation) -> None:
     fewer = replace(federation, banks=tuple(cut if bank.name == name else bank for bank in federation.banks))
     parties = make_parties(plan, whole)
     best, counts, _ = run_encrypted(plan, parties, asked)
-    assert _is_exact(best, counts, replay(plan, parties.terms, bank_data(fewer), rounded=True))
-    assert not _is_exact(best, counts, replay(plan, parties.terms, whole, rounded=True))
+    assert is_exact(best, counts, replay(plan, parties.terms, bank_data(fewer), rounded=True))
+    assert not is_exact(best, counts, replay(plan, parties.terms, whole, rounded=True))
 
 
 def test_a_bank_that_fails_stops_the_job_with_its_name_and_no_value(federation: Federation) -> None:
