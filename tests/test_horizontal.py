@@ -32,8 +32,8 @@ from simulations.federation_folder import Federation, load
 from simulations.horizontal import (
     HorizontalRun,
     Judged,
-    is_exact,
     bank_data,
+    is_exact,
     make_parties,
     make_plan,
     run_encrypted,
