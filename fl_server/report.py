@@ -493,6 +493,18 @@ def _calibration_svg(rows: Sequence[CalibrationRow]) -> Markup:
     return _svg(figure, "calibration", "Predicted against observed default rate by score group")
 
 
+def line_chart(curves: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str) -> Markup:
+    """Lines through (x, y) with a legend, as inline SVG; names and labels are our own texts, not data."""
+    figure, axes = _axes(x_label, y_label)
+    for place, (name, points) in enumerate(curves.items()):
+        x, y = zip(*points, strict=True)
+        axes.plot(
+            x, y, color=(_FEDERATED_COLOUR, *_COLOURS)[place], linewidth=1.8, marker="o", markersize=3, label=name
+        )
+    axes.legend(frameon=False)
+    return _svg(figure, "lines", f"{y_label} by {x_label.lower()}")
+
+
 def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(5.2, 4.1), layout="constrained")
     axes = figure.add_subplot()

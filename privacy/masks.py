@@ -18,6 +18,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +54,11 @@ class MaskContext:
 
     def encode(self) -> bytes:
         """Canonical bytes, injective up to the order of the participants."""
+        return self._encoded
+
+    @cached_property
+    def _encoded(self) -> bytes:
+        # once a sum, not once a pair: a thousand names take half a millisecond
         return encode_fields(
             [
                 b"mask",
@@ -110,15 +116,18 @@ def neighbours(me: str, publics: Mapping[str, bytes], job: bytes) -> tuple[str, 
     degree = graph_degree(len(names))
     if degree == len(names) - 1:
         return tuple(name for name in names if name != me)
-    seed = hashlib.sha256(
-        encode_fields(
-            [b"xinyi mask graph 1", job, *(part for name in names for part in (name.encode(), publics[name]))]
-        )
-    ).digest()
-    circle = sorted(names, key=lambda name: hashlib.sha256(seed + name.encode()).digest())
+    circle = _circle(job, tuple((name, publics[name]) for name in names))
     place = circle.index(me)
     steps = [step for distance in range(1, degree // 2 + 1) for step in (-distance, distance)]
     return tuple(sorted(circle[(place + step) % len(circle)] for step in steps))
+
+
+@lru_cache(maxsize=4)
+def _circle(job: bytes, publics: tuple[tuple[str, bytes], ...]) -> tuple[str, ...]:
+    # public and the same in every step and at every participant
+    fields = [b"xinyi mask graph 1", job, *(part for name, public in publics for part in (name.encode(), public))]
+    seed = hashlib.sha256(encode_fields(fields)).digest()
+    return tuple(sorted((name for name, _ in publics), key=lambda name: hashlib.sha256(seed + name.encode()).digest()))
 
 
 def pairwise_mask(

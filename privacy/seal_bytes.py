@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow
 import tenseal.sealapi as sealapi
 
 from privacy.errors import Refused
@@ -25,6 +26,9 @@ UInt64 = npt.NDArray[np.uint64]
 
 _MAGIC = b"\x5e\xa1"
 _HEADER = 16
+_COMPRESSION = 5  # place of the compression mode in the header
+_ZSTANDARD = 2
+_PLAINTEXT_HEAD = 72  # 4 words of parameters' hash, coefficient count, scale, then the array's header and count
 
 
 @contextmanager
@@ -116,6 +120,27 @@ def coefficients(polynomial: Any, indices: npt.NDArray[np.int64]) -> UInt64:
     return np.array([polynomial.data(i) if i < count else 0 for i in indices.tolist()], dtype=np.uint64)
 
 
+def first_coefficients(polynomial: Any, length: int) -> UInt64:
+    """The coefficients of a SEAL plaintext from the constant term on (beyond its degree: zero), uint64[length].
+
+    Read from SEAL's own serialisation, which `sealapi` compresses with Zstandard: a fifth of the time of
+    `coefficients`, which asks for one at a time.
+    """
+    data = dump(polynomial)
+    body = data[_HEADER:]
+    if data[_COMPRESSION] == _ZSTANDARD:
+        body = pyarrow.CompressedInputStream(pyarrow.BufferReader(body), "zstd").read()
+    elif data[_COMPRESSION] != 0:
+        raise Refused(f"SEAL writes compression {data[_COMPRESSION]}, we read Zstandard only; install tenseal==0.3.18")
+    count = struct.unpack_from("<Q", body, 32)[0]
+    if len(body) != _PLAINTEXT_HEAD + 8 * count or body[48:50] != _MAGIC:
+        raise Refused("SEAL writes plaintexts in a form we do not know; install tenseal==0.3.18")
+    found = np.zeros(length, np.uint64)
+    used = min(length, count)
+    found[:used] = np.frombuffer(body, "<u8", used, _PLAINTEXT_HEAD)
+    return found
+
+
 @lru_cache(maxsize=8)
 def make_context(degree: int, prime_bits: tuple[int, ...], log_t: int) -> Any:
     """A BFV context with power-of-two plaintext modulus; SEAL enforces 128-bit security (TC128) or we refuse.
@@ -165,7 +190,9 @@ def self_test() -> None:
     sealapi.Evaluator(context).add_inplace(encrypted, trivial_ciphertext(context, level, shift))
     opened = sealapi.Plaintext()
     decryptor.decrypt(load_ciphertext(context, level, dump(encrypted), "self-test"), opened)
-    if not np.array_equal(coefficients(opened, np.arange(4096)), (values + added) & np.uint64((1 << 20) - 1)):
+    expected = (values + added) & np.uint64((1 << 20) - 1)
+    read = coefficients(opened, np.arange(4096)), first_coefficients(opened, 4096)
+    if not all(np.array_equal(found, expected) for found in read):
         raise Refused("self-test: SEAL does not read our serialisation exactly; install tenseal==0.3.18")
 
 

@@ -110,6 +110,17 @@ class JobKeys:
         """A new key from the operating system's generator."""
         return cls(X25519PrivateKey.generate())
 
+    @classmethod
+    def restore(cls, secret: bytes) -> "JobKeys":
+        """The keys whose `secret_bytes` a party kept in its own memory between two messages of a job."""
+        if len(secret) != KEY_BYTES:
+            raise Refused(f"a job key of {len(secret)} bytes cannot be restored, it has {KEY_BYTES}; join a new job")
+        return cls(X25519PrivateKey.from_private_bytes(secret))
+
+    def secret_bytes(self) -> bytes:
+        """SECRET, 32 bytes: for the party's own memory between two messages, never for a message or a file."""
+        return self._key.private_bytes_raw()
+
     def derive(self, peer_public: bytes, *, job: bytes, purpose: bytes, info: bytes) -> bytes:
         """32 secret bytes that this party and the peer share, and nobody else; another purpose or info, other bytes.
 

@@ -95,6 +95,7 @@ class ConsortiumKey:
         self._serialised = seal_bytes.dump(self._secret) if secret_bytes is None else bytes(secret_bytes)
         self._encryptor = sealapi.Encryptor(self._context, self._secret)
         self._decryptor = sealapi.Decryptor(self._context, self._secret)
+        self._hash_keys: dict[bytes, bytes] = {}
 
     def __repr__(self) -> str:
         return "ConsortiumKey(secret)"
@@ -116,8 +117,9 @@ class ConsortiumKey:
         return self._keyed(b"opened sum", opened)
 
     def _keyed(self, use: bytes, data: bytes) -> bytes:
-        key = hashlib.sha256(b"xinyi " + use + b"|" + self._serialised).digest()
-        return hmac.digest(key, data, "sha256")
+        if use not in self._hash_keys:  # 64 KB to hash, and a thousand banks ask for a thousand values each
+            self._hash_keys[use] = hashlib.sha256(b"xinyi " + use + b"|" + self._serialised).digest()
+        return hmac.digest(self._hash_keys[use], data, "sha256")
 
     def fingerprint(self) -> str:
         """SHA-256 of the key's serialisation, bound to nothing else; whoever signs it binds it to a job.
@@ -155,8 +157,7 @@ class ConsortiumKey:
                 raise Refused("secure sum: no noise budget left, a ciphertext is damaged; run the step again")
             polynomial = sealapi.Plaintext()
             self._decryptor.decrypt(part, polynomial)
-            indices = np.arange(min(degree, length - index * degree), dtype=np.int64)
-            opened.append(seal_bytes.coefficients(polynomial, indices))
+            opened.append(seal_bytes.first_coefficients(polynomial, min(degree, length - index * degree)))
         return np.concatenate(opened) if opened else np.zeros(0, np.uint64)
 
 

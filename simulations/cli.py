@@ -2,10 +2,10 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -16,12 +16,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fl_server.coordinator import JobStoppedError, Watch
+from fl_server.horizontal_report import console_table
 from fl_server.report import console_tables
-from fl_server.run_store import check_folder
+from fl_server.run_store import check_folder, write_run
+from fl_server.secure_strategy import RoundStoppedError
 from models.errors import DataError
 from privacy.errors import Refused
 from simulations import demo_federation
 from simulations.federation_folder import load
+from simulations.horizontal import make_plan, run_horizontal
 from simulations.job import Wire
 from simulations.run import Options, Run, run_job, write
 
@@ -32,6 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 BAD_INPUT = 2
+MOST_ROUNDS = 8  # of the scorecard: each is a privacy cost
 
 
 @contextmanager
@@ -39,7 +43,7 @@ def _one_line() -> Iterator[None]:
     """Whatever is the user's to mend ends in one line and exit code 2."""
     try:
         yield
-    except (DataError, Refused, JobStoppedError, OSError, ValidationError) as error:
+    except (DataError, Refused, JobStoppedError, RoundStoppedError, OSError, ValidationError) as error:
         text = _terms(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {text}", markup=False)
         raise typer.Exit(BAD_INPUT) from None
@@ -55,21 +59,31 @@ def _terms(error: ValidationError) -> str:
 @app.callback()
 def _xinyi() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("flwr").setLevel(logging.WARNING)  # it reports every round
 
 
 @app.command()
 def run(
     folder: Annotated[Path, typer.Argument(help="Federation folder: a directory with split.json and its files.")],
     split: Annotated[str, typer.Option(help="Name of the split file in the folder.")] = "split.json",
-    rounds: Annotated[int, typer.Option(min=1, max=8, help="Training rounds; each is a privacy cost.")] = 3,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, max=500, help="Training rounds; default 3 (at most 8), with --model 20.")
+    ] = None,
     epsilon: Annotated[float | None, typer.Option(help="Privacy of the banks' records; none = exact sums.")] = None,
     delta: Annotated[float | None, typer.Option(help="Default 1 / (10 n), n training rows.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="logistic, mlp or resnet: horizontal training of the banks' own columns.")
+    ] = None,
+    strategy: Annotated[str, typer.Option(help="With --model: fedavg, fedprox, fedadam or fedyogi.")] = "fedavg",
+    personalised: Annotated[
+        bool, typer.Option("--personalised", help="With --model: each bank keeps a last layer of its own.")
+    ] = False,
     banks: Annotated[int, typer.Option(min=1, help="Banks to cut at random where split.json names none.")] = 3,
     wire: Annotated[str, typer.Option(help="memory (in this process) or ray (Flower's simulation engine).")] = "memory",
     seed: Annotated[int, typer.Option(help="Reaches data splits only, never keys, masks or noise.")] = 42,
     out: Annotated[Path, typer.Option(help="Folder for result.json, report.html and the model files.")] = Path("out"),
 ) -> None:
-    """Train the additive scorecard over a federation, encrypted end to end, and write a report.
+    """Train the additive scorecard over a federation (with --model: a network of the banks), encrypted; write a report.
 
     Example: xinyi-sim run ../shared/data/sba_loans --epsilon 3 --out out/sba
     """
@@ -77,9 +91,25 @@ def run(
         wires: dict[str, Wire] = {"memory": "memory", "ray": "ray"}
         if wire not in wires:
             raise DataError(f"--wire {wire}: there are memory and ray")
+        if model is not None and (epsilon is not None or delta is not None or wire != "memory"):
+            raise DataError(
+                "--model has no differential privacy and runs in memory: leave --epsilon, --delta, --wire out"
+            )
+        if model is None and (strategy != "fedavg" or personalised):
+            raise DataError("--strategy and --personalised are for horizontal training; give --model, too")
         check_folder(out)
         federation = load(folder, split=split, banks=banks, seed=seed)
-        options = Options(rounds=rounds, epsilon=epsilon, delta=delta, wire=wires[wire])
+        if model is not None:
+            chosen = {"net": model, "strategy": strategy, "personalised": personalised, "seed": seed}
+            trained = run_horizontal(
+                federation, make_plan(federation, **chosen, **({"rounds": rounds} if rounds else {}))
+            )
+            write_run(out, trained.files)
+            _print_horizontal(trained.result, out)
+            return
+        if rounds is not None and rounds > MOST_ROUNDS:
+            raise DataError(f"--rounds {rounds}: the scorecard takes at most {MOST_ROUNDS}; more only with --model")
+        options = Options(rounds=rounds or 3, epsilon=epsilon, delta=delta, wire=wires[wire])
         finished = _with_progress(lambda watch: run_job(federation, options, watch))
         write(finished, out)
         _print(finished, out)
@@ -137,6 +167,23 @@ def _print(finished: Run, out: Path) -> None:
     )
     if result["data"]["synthetic"]:
         console.print("data: SYNTHETIC, every relation in it is invented", markup=False)
+    for line in result["warnings"]:
+        console.print(f"warning: {line}", markup=False)
+    for line in result["stand_ins"]:
+        console.print(f"stand-in: {line}", markup=False)
+    console.print(f"report: {out / 'report.html'}", markup=False)
+
+
+def _print_horizontal(result: Mapping[str, Any], out: Path) -> None:
+    console = Console()
+    console.print(console_table(result))
+    seconds, size = result["seconds"], result["bytes"]
+    console.print(
+        f"exact: {'yes' if result['exact'] else 'NO'} (every parameter and opened sum against the rounded twin)   "
+        f"encrypted {seconds['total']:.1f} s, twin {seconds['twin']:.1f} s, {size['up'] / 1e6:.1f} MB up   "
+        f"best round {result['best_round']} of {len(result['by_round'])}"
+    )
+    console.print("epsilon: none (exact sums, simulation only)")
     for line in result["warnings"]:
         console.print(f"warning: {line}", markup=False)
     for line in result["stand_ins"]:

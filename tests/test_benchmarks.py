@@ -112,12 +112,18 @@ def test_bars_count_the_seeds_that_meet_them(job: main_job.Figures) -> None:
 
 def test_command_writes_every_figure(tmp_path: Path) -> None:
     out = tmp_path / "figures" / "bench.json"
-    run = CliRunner().invoke(app, ["--quick", "--only", "kernel", "--only", "secure-sum", "--out", str(out)])
+    parts = ["--only", "kernel", "--only", "secure-sum", "--only", "horizontal"]
+    run = CliRunner().invoke(app, ["--quick", *parts, "--out", str(out)])
     assert run.exit_code == 0, run.output
     figures = json.loads(out.read_text())
     assert figures["quick"] is True
     assert figures["kernel"][0]["ours"]["exact"] is True
     assert [line["exact"] for line in figures["secure_sum"]] == [False, True, True, True, True]
+    assert figures["horizontal"]["pieces"]["exact"] is True
+    assert figures["horizontal"]["pieces"]["smaller"] > 5
+    (rounds,) = figures["horizontal"]["rounds"]
+    assert rounds["plain"] > 0
+    assert rounds["ratio"] == rounds["secure"] / rounds["plain"]
     assert "main_job" not in figures
     assert "Secure sum" in run.output
 

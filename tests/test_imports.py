@@ -22,11 +22,13 @@ PROTOCOL_MODULES = {
     *("fl_clients.contract", "fl_clients.protocol", "fl_clients.roster", "fl_clients.courier"),
     *("fl_clients.certificate", "fl_clients.who_sees_what"),
     *("fl_clients.app_bundle", "fl_clients.invite", "fl_clients.processes", "fl_clients.tls", "fl_clients.frames"),
+    "fl_clients.horizontal_terms",
 }
 SECRET_TYPES = {
     *("JobKeys", "BankKey", "ConsortiumKey", "OneTimePad", "SystemNoise", "KeyedForwardNoise", "RecordedNoise"),
     *("Institution", "JobBook", "Ledger", "AuditLog"),
     *("Session", "Bank", "FeatureOwner", "Vault", "OwnerDesign", "BankData", "OwnerData", "LabelledRows"),
+    *("HorizontalBank", "Memory", "TableNoise", "Contribution"),
 }
 FLOWER_FREE = ("models", "privacy")
 HEAVY = ("torch", "tenseal", "privacy", "models")

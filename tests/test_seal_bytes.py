@@ -93,6 +93,14 @@ def test_coefficients_in_the_order_asked_for() -> None:
     assert seal_bytes.coefficients(polynomial, np.array([2, 0, 4000, 2])).tolist() == [7, 5, 0, 7]
 
 
+@pytest.mark.parametrize("values", [[], [5], [0, 0, 7], [1] * DEGREE])
+def test_first_coefficients_are_the_coefficients(values: list[int]) -> None:
+    polynomial = seal_bytes.plaintext(context(), np.array(values, np.uint64))
+    for length in (0, 1, 3, DEGREE):
+        expected = seal_bytes.coefficients(polynomial, np.arange(length, dtype=np.int64))
+        assert np.array_equal(seal_bytes.first_coefficients(polynomial, length), expected)
+
+
 def test_ciphertext_round_trip_seeded_and_full() -> None:
     values = np.arange(DEGREE, dtype=np.uint64)
     encryptor = sealapi.Encryptor(context(), keys().secret_key())

@@ -62,6 +62,15 @@ def test_a_letter_opens_at_its_receiver(plaintext: bytes) -> None:
     assert len(sealed) == len(plaintext) + 28
 
 
+def test_restored_keys_are_the_same_keys(owner: JobKeys, bank: JobKeys) -> None:
+    restored = JobKeys.restore(owner.secret_bytes())
+    assert restored.public == owner.public
+    derived = [keys.derive(bank.public, job=bytes(32), purpose=b"p", info=b"i") for keys in (owner, restored)]
+    assert derived[0] == derived[1]
+    with pytest.raises(Refused, match="31 bytes"):
+        JobKeys.restore(bytes(31))
+
+
 def test_a_letter_takes_any_bytes_like_object(owner: JobKeys, bank: JobKeys) -> None:
     for form in (bytes, bytearray, memoryview):
         sealed = owner.seal(bank.public, CONTEXT, form(PLAINTEXT))

@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 
 from simulations import demo_federation
-from simulations.benchmarks import kernel, main_job, secure_sum
+from simulations.benchmarks import horizontal, kernel, main_job, secure_sum
 
 SHARED_DATA = Path(__file__).parents[2].parent / "shared" / "data"
 DEMO_ENTERPRISES = 2_000
@@ -33,6 +33,7 @@ class Part(Enum):
 
     KERNEL = "kernel"
     SECURE_SUM = "secure-sum"
+    HORIZONTAL = "horizontal"
     MAIN_JOB = "main-job"
 
 
@@ -46,7 +47,7 @@ def bench(
     data: Annotated[Path, typer.Option(help="Folder with the data sets of the main job.")] = SHARED_DATA,
     out: Annotated[Path | None, typer.Option(help="Also write all figures to this JSON file.")] = None,
 ) -> None:
-    """Measure kernel, secure sum and main job on this machine (about ten minutes; --quick: half a minute).
+    """Measure kernel, secure sum, horizontal rounds and main job (about ten minutes; --quick: half a minute).
 
     Example: python -m simulations.benchmarks --only kernel --out out/bench.json
     """
@@ -69,6 +70,14 @@ def bench(
         _print(console, secure_sum.tables(sums, size))
         exact = exact and all(line.exact for line in sums[1:])
         figures["secure_sum"] = [asdict(line) | {"bytes_per_parameter": line.bytes_per_parameter} for line in sums]
+    if Part.HORIZONTAL in parts:
+        pieces, rounds = horizontal.measure(quick)
+        _print(console, horizontal.tables(pieces, rounds))
+        exact = exact and pieces.exact
+        figures["horizontal"] = {
+            "pieces": asdict(pieces) | {"faster": pieces.faster, "smaller": pieces.smaller},
+            "rounds": [asdict(line) | {"ratio": line.ratio} for line in rounds],
+        }
     if Part.MAIN_JOB in parts:
         jobs = _quick_jobs() if quick else _jobs(console, data)
         if jobs:
