@@ -261,7 +261,15 @@ class Bank:
 
     def _check_value(self, pending: _Pending, bank: str) -> int:
         names = encode_fields(name.encode() for name in pending.participants)
-        fields = (self._contract.hash, pending.step.encode(), str(pending.attempt).encode(), names, bank.encode())
+        roster = self._session.roster.digest
+        fields = (
+            self._contract.hash,
+            roster,
+            pending.step.encode(),
+            str(pending.attempt).encode(),
+            names,
+            bank.encode(),
+        )
         return self._key().check_value(encode_fields(fields))
 
     def _live(self, rows: LabelledRows) -> Bool:

@@ -4,6 +4,7 @@ Row counts (declared public) and keys, signed by each party's identity, fix the 
 of it is public; the coordinator computes it too.
 """
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from models.shared_bins import LEVELS
 from privacy.accounting import Plan, default_delta, plan_job, scorecard_releases
 from privacy.noise import share_std
 from privacy.parameters import BFVParameters, choose_aggregate, choose_sum
+from privacy.sealing import encode_fields
 
 MatchingForm = Literal["two-way", "owners publish", "banks publish"]
 
@@ -46,6 +48,21 @@ class Roster:
     @cached_property
     def training_rows(self) -> int:
         return self.rows(bank.name for bank in self.contract.banks)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 of all announcements. It is in the check value of every secure sum: banks that were shown different
+        rosters, and so planned different noise, open nothing.
+        """
+        plain = [
+            [
+                name.encode(),
+                told.public,
+                *(str(n).encode() for n in (told.list_size, told.training_rows, told.held_out_rows)),
+            ]
+            for name, told in sorted(self.announcements.items())
+        ]
+        return hashlib.sha256(encode_fields(encode_fields(fields) for fields in plain)).digest()
 
     @cached_property
     def delta(self) -> float:

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from fl_clients.protocol import Request, Step, StepKind, decode_reply, decode_request, encode_request, schedule
+from fl_clients.roster import Roster
 from fl_clients.vault import Vault, VaultFailedError
+from fl_server.coordinator import JobStoppedError
 from privacy.errors import Refused
 from privacy.identity import SigningIdentity
 from simulations.job import Parties, data_terms
@@ -292,6 +294,22 @@ def test_the_sum_of_another_attempt_is_refused_before_anybody_uses_it() -> None:
     assert ask(parties, "bank1", again) is None
     mixed = resigned(parties, waiting, attempt=1, participants=("bank1", "bank2"))
     assert "is not that of attempt 1 and banks ['bank1', 'bank2']" in str(ask(parties, "bank1", mixed))
+
+
+def test_banks_that_were_shown_different_rosters_open_nothing() -> None:
+    """Row counts set the noise: a bank that tells one of them another number is found at the first sum."""
+    parties = tiny_parties()
+
+    def tap(party: str, data: bytes, call: Call) -> bytes:
+        if party == "bank1" and decode_request(data, parties.contract).step == "bins.1":
+            session = parties.banks["bank1"]._session
+            told = dict(session.roster.announcements)
+            told["bank2"] = replace(told["bank2"], held_out_rows=told["bank2"].held_out_rows + 1)
+            session._roster = Roster(parties.contract, told)
+        return call(data)
+
+    with pytest.raises(JobStoppedError, match=r"bank1 refused step bins.2: the sum of bins.1 is not that of"):
+        run_tapped(parties, tap)
 
 
 def test_an_unexpected_exception_ends_the_job_at_this_vault_too(monkeypatch: pytest.MonkeyPatch) -> None:
