@@ -131,6 +131,7 @@ def only_vault(institution: Institution, job: str) -> Iterator[None]:
             raise Refused(
                 f"another process has the vault of job {entry.contract.job[:8]} open; stop it first"
             ) from None
+        entry = institution.jobs.get(job)  # as it stands now that nobody else has a vault for it
         if entry.state in (JobState.COLLECTING, JobState.APPLYING):
             reason = "its process died; keys and rows were in memory only"
             body = {"from": str(entry.state), "to": str(JobState.DESTROYED), "use": entry.uses}
